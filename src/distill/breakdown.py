@@ -1,0 +1,51 @@
+"""One breakdown of one loss: whoever prints, logs or audits a loss reads it here and computes nothing again.
+
+The values stay on the device as detached tensors; the price is that a reader which prints must move them itself.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Component -> the curriculum entry that scales it. The order is the order wherever components are listed.
+WEIGHT_KEY = {
+    "kd_loss": "kd",
+    "lm_loss": "lm",
+    "routing_feature_matching_loss": "feature",
+    "routing_expert_importance_loss": "feature",
+    "routing_load_balancing_loss": "feature",
+    "routing_attention_alignment_loss": "attention",
+    "attention_loss": "attention",
+    "layerwise_loss": "layerwise",
+    "contrastive_loss": "contrastive",
+}
+
+
+@dataclass(frozen=True)
+class LossBreakdown:
+    """What a loss is made of: raw x weight = scaled, and the scaled values add up to the total.
+
+    Args:
+        raw: component -> value before the curriculum, detached scalar, nats per token unless the component says
+            otherwise. Components of weight zero appear only where they were measured.
+        weights: component -> the curriculum's weight now, for every configured component.
+    """
+
+    raw: dict[str, Tensor]
+    weights: dict[str, float]
+
+    @property
+    def scaled(self) -> dict[str, Tensor]:
+        """Component -> raw x weight, for the components with a weight above zero."""
+        return {name: value * self.weights[name] for name, value in self.raw.items() if self.weights[name] > 0}
+
+    @property
+    def total(self) -> Tensor:
+        """Sum of the scaled values."""
+        return torch.stack([value.double() for value in self.scaled.values()]).sum() if self.scaled else torch.zeros(())
+
+    @property
+    def active(self) -> list[str]:
+        """Components with a weight above zero, in listing order."""
+        return [name for name, weight in self.weights.items() if weight > 0]
