@@ -1,0 +1,66 @@
+"""What validation said: an `[Eval]` line after each one, and a table of before, after and teacher when fit ends.
+
+Reads: `trainer.callback_metrics` and the weights that the module's validation returned. Writes and logs nothing.
+"""
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+from rich.table import Table
+
+from distill.callbacks.text import emit, run_directory
+
+TABLE = (
+    "val/loss",
+    "val/kl_div_T1",
+    "val/student_nll",
+    "val/student_perplexity",
+    "val/top1_agreement",
+    "val/ece",
+    "val/bits_per_byte",
+)
+TEACHER = {"val/student_perplexity": "val/teacher_perplexity", "val/student_nll": "val/teacher_nll"}
+
+
+class Evaluation(Callback):
+    """Prints each validation's loss with raw value, weight and scaled value of its components, and a closing table.
+
+    The closing table compares with the untrained student where `trainer.num_sanity_val_steps` is -1, which makes the
+    check before training a whole validation, and with the first validation otherwise.
+    """
+
+    def __init__(self) -> None:
+        self.directory: str | None = None
+        self.first: dict[str, float] = {}
+        self.last: dict[str, float] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.directory = run_directory(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking and trainer.num_sanity_val_steps != float("inf"):
+            return
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        weights = pl_module.component_weights()
+        lines = [f"[Eval] Step {pl_module.curriculum.step}, loss: {metrics['val/loss']:.4f}"]
+        for name, weight in weights.items():
+            if weight > 0:
+                raw = metrics[f"val/{name}"]
+                lines.append(f"    {name}: raw {raw:.4f}, weight {weight:.4f}, scaled {raw * weight:.4f}")
+        emit(trainer, self.directory, "\n".join(["", *lines, ""]))
+        self.first = self.first or metrics
+        self.last = metrics
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self.last or not trainer.is_global_zero:
+            return
+        table = Table(title="Validation", title_justify="left")
+        for heading in ("metric", "before", "after", "teacher"):
+            table.add_column(heading, justify="left" if heading == "metric" else "right")
+        for name in TABLE:
+            teacher = self.last.get(TEACHER.get(name, ""))
+            values = (self.first.get(name), self.last.get(name), teacher)
+            table.add_row(name, *("" if value is None else f"{value:.4f}" for value in values))
+        Console().print(table)
+        if self.directory is not None:
+            Console().print(f"Run directory: {self.directory}", soft_wrap=True, highlight=False)
