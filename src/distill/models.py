@@ -1,0 +1,300 @@
+"""Models as transformers builds them; a student is cut from its teacher rather than configured a second time.
+
+Every failure of loading becomes one sentence with a remedy. The price is that transformers' errors are told apart by
+their type and a few words of their text. Weights come as safetensors unless pickles are asked for, and a checkpoint
+that leaves parameters unset is refused instead of filled with random numbers.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from distill.errors import UserError, did_you_mean
+from distill.sources import model_folder, quiet_transformers, resolve
+
+__all__ = [
+    "check_vocabularies",
+    "cut_layers",
+    "load_model",
+    "load_tokenizer",
+    "max_context",
+    "resolve",
+    "student_from_config",
+]
+
+
+def load_model(
+    source: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    key: str = "model.teacher",
+) -> PreTrainedModel:
+    """A causal language model in eval mode, as `from_pretrained` gives it.
+
+    Args:
+        source: hub id, local folder, GGUF file or `package://name/path`.
+        dtype: of the weights.
+        trust_remote_code: run model code that comes with the weights.
+        allow_pickle: accept `pytorch_model.bin`.
+        key: YAML key that error messages name.
+
+    Raises:
+        UserError: unknown source, refused remote code or pickle, damaged or incomplete weights, not a causal LM.
+    """
+    folder = model_folder(source, key)
+    try:
+        with quiet_transformers():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=None if allow_pickle else True,
+                output_loading_info=True,
+            )
+    except Exception as error:  # told apart by what they say; whatever is not known is raised as it is
+        raise _explain(error, source, key) from error
+    if unset := sorted(info["missing_keys"]):
+        raise UserError(
+            f"{key}: {source!r} lacks {len(unset)} weights of {type(model).__name__} ({unset[0]}, ...); "
+            "give a complete causal language model"
+        )
+    return model
+
+
+def load_tokenizer(source: str, *, trust_remote_code: bool = False, key: str = "data.tokenizer") -> Any:
+    """The tokenizer of a model source.
+
+    Args:
+        source: as for `load_model`.
+        trust_remote_code: run tokenizer code that comes with the files.
+        key: YAML key that error messages name.
+
+    Raises:
+        UserError: unknown source, refused remote code, no tokenizer files.
+    """
+    folder = model_folder(source, key)
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise _explain(error, source, key, what="tokenizer") from error
+
+
+def _explain(error: Exception, source: str, key: str, what: str = "model") -> Exception:
+    """A UserError for the failures of `from_pretrained` that a user can put right, else the error itself."""
+    text, told = str(error), f"{key}: {source!r}"
+    if isinstance(error, UserError):
+        return error
+    if "custom code" in text or "trust_remote_code" in text:
+        return UserError(f"{told} brings its own code, which is refused; read it and set trust_remote_code: true")
+    if "gated repo" in text or "401" in text:
+        return UserError(f"{told} is gated or private on the hub; run `hf auth login` with an account that may read it")
+    if "no file named model.safetensors" in text or "cannot be loaded with `safetensors`" in text:
+        return UserError(
+            f"{told} has no safetensors weights and pickled ones are refused; set allow_pickle: true if you trust it"
+        )
+    if type(error).__name__ == "SafetensorError":
+        return UserError(f"{told} has truncated or damaged weights ({text}); copy or download them again")
+    if "size mismatch" in text or "ignore_mismatched_sizes" in text:
+        return UserError(f"{told}: weights and config.json disagree about shapes; give files of one model")
+    if "Unrecognized configuration class" in text:
+        return UserError(f"{told} is not a causal language model; give one that AutoModelForCausalLM loads")
+    if "does not recognize this architecture" in text or "Unrecognized model" in text:
+        return UserError(
+            f"{told} is of a kind that this transformers does not know, or has no config.json; "
+            "upgrade transformers or give another folder"
+        )
+    if what == "tokenizer" and isinstance(error, (ValueError, OSError)) and "connect" not in text:
+        return UserError(f"{told} has no usable tokenizer files; give a source that has tokenizer.json")
+    if isinstance(error, OSError):
+        return UserError(
+            f"{told} is not on the hub, or the hub cannot be reached; check the spelling and the network, "
+            "or give a local folder"
+        )
+    return error
+
+
+def student_from_config(
+    config: dict[str, Any] | str,
+    *,
+    vocab_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    key: str = "model.student",
+) -> PreTrainedModel:
+    """A randomly initialised student in train mode.
+
+    Args:
+        config: configuration keys with `model_type`, or a source whose configuration is taken without its weights.
+        vocab_size: number of ids where a dict does not say; the teacher's, so that both speak of the same tokens.
+        dtype: of the weights.
+        trust_remote_code: run model code that comes with a source.
+        key: YAML key that error messages name.
+
+    Raises:
+        UserError: no or unknown `model_type`, unknown configuration key, values that do not fit together.
+    """
+    if isinstance(config, str):
+        try:
+            built = AutoConfig.from_pretrained(model_folder(config, key), trust_remote_code=trust_remote_code)
+        except Exception as error:
+            raise _explain(error, config, key) from error
+    else:
+        built = _config_from_dict(dict(config), vocab_size, key)
+    built.use_cache = False
+    try:
+        model = AutoModelForCausalLM.from_config(built, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (ValueError, AssertionError, RuntimeError) as error:
+        if "custom code" in str(error) or "configuration class" in str(error):
+            raise _explain(error, str(config), key) from error
+        raise UserError(f"{key}: {config!r} cannot be built ({str(error).splitlines()[0]}); correct it") from error
+    return model.train()
+
+
+def _config_from_dict(options: dict[str, Any], vocab_size: int | None, key: str) -> PreTrainedConfig:
+    model_type = options.pop("model_type", None)
+    if not isinstance(model_type, str):
+        raise UserError(f"{key}.model_type: {model_type!r}; name a transformers model type such as llama")
+    try:
+        default = AutoConfig.for_model(model_type)
+    except ValueError as error:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as known
+
+        near = did_you_mean(model_type, known)
+        remedy = near if near.startswith("did") else "name a transformers model type such as llama"
+        raise UserError(f"{key}.model_type: {model_type!r} is unknown; {remedy}") from error
+    for name in options:
+        if not hasattr(default, name):
+            near = did_you_mean(name, default.to_dict())
+            remedy = near if near.startswith("did") else f"see {type(default).__name__}"
+            raise UserError(f"{key}.{name}: unknown to {type(default).__name__}; {remedy}")
+    if vocab_size is not None:
+        options.setdefault("vocab_size", vocab_size)
+    try:
+        return AutoConfig.for_model(model_type, **options)
+    except (ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{key}: {options!r} is no {type(default).__name__} ({reason}); correct it") from error
+
+
+def cut_layers(teacher: PreTrainedModel, layers: int | list[int], key: str = "model.student") -> PreTrainedModel:
+    """A student that starts as some of the teacher's layers, with its embeddings, final norm and head.
+
+    Parameters are copies, trainable, in the teacher's dtype; tied ones stay tied. The configuration describes the
+    student, so that it saves and loads like any model.
+
+    Args:
+        teacher: left untouched.
+        layers: how many, spread evenly with first and last included, or which (ascending).
+        key: YAML key that error messages name.
+
+    Returns:
+        The student in train mode, with the use of a cache switched off.
+
+    Raises:
+        UserError: layers that the teacher does not have, or a family whose configuration cannot describe the cut.
+    """
+    stack = _layer_stack(teacher, key)
+    kept = _kept_layers(layers, len(stack), f"{key}.layers")
+    memo: dict[int, Any] = {}
+    cut = nn.ModuleList(copy.deepcopy(stack[index], memo) for index in kept)
+    memo[id(stack)] = cut  # whatever refers to the teacher's stack refers to the cut one in the copy
+    student = copy.deepcopy(teacher, memo)
+    for new_index, layer in enumerate(cut):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = new_index
+    _cut_config(student.config.get_text_config(decoder=True), len(stack), kept)
+    student.config.use_cache = False
+    _check_describes(student, kept, key)
+    return student.requires_grad_(True).train()
+
+
+def _layer_stack(model: PreTrainedModel, key: str) -> nn.ModuleList:
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    stacks = [child for child in model.get_decoder().children() if isinstance(child, nn.ModuleList)]
+    stacks = [stack for stack in stacks if len(stack) == count]
+    if len(stacks) != 1:
+        raise UserError(f"{key}: cannot find the layers of {type(model).__name__}; give a student by its config")
+    return stacks[0]
+
+
+def _kept_layers(layers: int | list[int], count: int, key: str) -> list[int]:
+    if isinstance(layers, int):
+        if not 1 <= layers <= count:
+            raise UserError(f"{key}: {layers} of the teacher's {count} layers; give 1 to {count}")
+        return torch.linspace(0, count - 1, layers, dtype=torch.float64).round().long().tolist()
+    if not layers or sorted(set(layers)) != layers or not 0 <= layers[0] <= layers[-1] < count:
+        raise UserError(f"{key}: {layers}; give ascending layer indices between 0 and {count - 1}")
+    return layers
+
+
+def _cut_config(config: PreTrainedConfig, count: int, kept: list[int]) -> None:
+    """Make a configuration of `count` layers describe the kept ones, in place."""
+    for name, value in list(vars(config).items()):
+        if name == "mlp_only_layers" and value:  # layer indices rather than one entry per layer
+            setattr(config, name, [new for new, old in enumerate(kept) if old in value])
+        elif name == "first_k_dense_replace":
+            setattr(config, name, sum(old < value for old in kept))
+        elif isinstance(value, (list, tuple)) and len(value) == count and "token_id" not in name:
+            setattr(config, name, [value[old] for old in kept])
+    config.num_hidden_layers = len(kept)
+
+
+def _check_describes(student: PreTrainedModel, kept: list[int], key: str) -> None:
+    """Building from the student's configuration must give the same parameters, or the student could not be reloaded."""
+    with torch.device("meta"):
+        rebuilt = type(student)(copy.deepcopy(student.config))
+    shapes = [{name: value.shape for name, value in m.state_dict().items()} for m in (student, rebuilt)]
+    if shapes[0] != shapes[1]:
+        raise UserError(
+            f"{key}: layers {kept} alternate between kinds in a way that {type(student.config).__name__} cannot "
+            "describe; keep the teacher's rhythm of layers"
+        )
+
+
+def check_vocabularies(
+    teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, key: str = "model.student"
+) -> None:
+    """Refuse two tokenizers whose ids mean different tokens.
+
+    Ids that only one side has are padding and do no harm; neither do special tokens under another name.
+
+    Raises:
+        UserError: an id means different tokens.
+    """
+    teacher_ids, student_ids = teacher.get_vocab(), student.get_vocab()
+    if teacher_ids == student_ids:
+        return
+    token_of = {index: token for token, index in teacher_ids.items()}
+    special = teacher.added_tokens_decoder.keys() & student.added_tokens_decoder.keys()
+    differing = [
+        (index, token_of[index], token)
+        for token, index in student_ids.items()
+        if index in token_of and token_of[index] != token and index not in special
+    ]
+    if differing:
+        index, teacher_token, student_token = min(differing)
+        raise UserError(
+            f"{key}: its tokenizer differs from the teacher's in {len(differing)} ids (id {index} is {teacher_token!r} "
+            f"for the teacher, {student_token!r} for the student); choose a student with the teacher's tokenizer: "
+            "distilling across tokenizers is not there yet"
+        )
+
+
+def max_context(config: PreTrainedConfig) -> int | None:
+    """Longest sequence in tokens that a model was built for, or None where its positions know no bound."""
+    length = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
