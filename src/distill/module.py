@@ -1,0 +1,458 @@
+"""The Lightning module: one function computes the losses of training and validation alike, everybody else reads them.
+
+Each component is a sum over its units divided by their number in the whole optimizer step, which the batch carries; so
+any split of a step over micro-batches and ranks has the same gradient, without communication. The price: batches must
+come from a datamodule that counts ahead.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from distill import models
+from distill.breakdown import WEIGHT_KEY, LossBreakdown
+from distill.curriculum import WEIGHT_KEYS, CurriculumState
+from distill.errors import UserError
+from distill.losses.engine import KDLoss, distillation_loss
+from distill.losses.head import lm_head_of
+from distill.losses.routing import UNIT, Routing
+from distill.metrics import DistillationMetrics
+from distill.optim import adamw, warmup_cosine
+from distill.teachers.online import OnlineTeacher, decode
+from distill.teachers.targets import DenseTargets
+
+CHECKPOINT_FORMAT = 1
+
+
+class DistillationModule(L.LightningModule):
+    """Distils a frozen teacher into a student with the losses and weights that the curriculum says.
+
+    Args:
+        teacher: hub id, folder, GGUF file or `package://name/file` of a causal language model.
+        student: the same for the student's weights; or leave it out and give one of the next two.
+        student_layers: cut the student from the teacher's layers: a number of evenly spaced ones or a list of indices.
+        student_config: start from random weights: a folder with a config.json, or the config's keys.
+        kd_loss: options of `kd_loss`; null = off.
+        lm_loss: whether next-token cross-entropy is a component.
+        routing: the routing losses; null = off.
+        learning_rate: peak, after warm-up.
+        router_learning_rate: peak for projections and gate probes; null = `learning_rate`.
+        weight_decay: of AdamW; norms and biases have none.
+        betas: of AdamW.
+        warmup_steps: optimizer steps of linear warm-up before the cosine.
+        min_learning_rate_ratio: where the cosine ends, as a share of the peak.
+        teacher_dtype: auto = float32 where the trainer's precision is 32-true, else bfloat16.
+        gradient_checkpointing: recompute the student's activations in the backward pass.
+        matmul_precision: of float32 matrix products (`torch.set_float32_matmul_precision`). On CPUs with bf16 units
+            "medium" runs them in bf16 with float32 results; on GPUs "high" is TF32.
+        chunk_size: tokens whose logits exist at one time; null = by a byte budget.
+        trust_remote_code: run model code that comes with the weights.
+        allow_pickle: load weights that are not safetensors.
+    """
+
+    def __init__(
+        self,
+        teacher: str,
+        student: str | None = None,
+        student_layers: int | list[int] | None = None,
+        student_config: str | dict[str, Any] | None = None,
+        kd_loss: KDLoss | None = KDLoss(),  # noqa: B008  (frozen)
+        lm_loss: bool = True,
+        routing: Routing | None = None,
+        learning_rate: float = 1e-4,
+        router_learning_rate: float | None = None,
+        weight_decay: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.95),
+        warmup_steps: int = 0,
+        min_learning_rate_ratio: float = 0.0,
+        teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        gradient_checkpointing: bool = False,
+        matmul_precision: Literal["highest", "high", "medium"] = "highest",
+        chunk_size: int | None = None,
+        trust_remote_code: bool = False,
+        allow_pickle: bool = False,
+    ) -> None:
+        super().__init__()
+        given = {"student": student, "student_layers": student_layers, "student_config": student_config}
+        chosen = [key for key, value in given.items() if value is not None]
+        if len(chosen) != 1:
+            raise UserError(
+                f"model.student: {len(chosen)} of student, student_layers and student_config are given "
+                f"({', '.join(chosen) or 'none'}): give exactly one"
+            )
+        if kd_loss is None and not lm_loss and routing is None:
+            raise UserError("model.kd_loss: null with lm_loss false and no routing leaves nothing to train: give a loss")
+        for key, rate in (("learning_rate", learning_rate), ("router_learning_rate", router_learning_rate)):
+            if rate is not None and not rate > 0:
+                raise UserError(f"model.{key}: {rate} must be above 0")
+        for key, least in (("warmup_steps", warmup_steps), ("weight_decay", weight_decay)):
+            if least < 0:
+                raise UserError(f"model.{key}: {least} must be at least 0")
+        if chunk_size is not None and chunk_size < 1:
+            raise UserError(f"model.chunk_size: {chunk_size} must be at least 1 (null = by a byte budget)")
+        self.teacher_source = teacher
+        self.student_sources = given
+        self.kd_loss = kd_loss
+        self.routing = routing
+        self.learning_rate = learning_rate
+        self.router_learning_rate = router_learning_rate or learning_rate
+        self.weight_decay = weight_decay
+        self.betas = betas
+        self.warmup_steps = warmup_steps
+        self.min_learning_rate_ratio = min_learning_rate_ratio
+        self.teacher_dtype = teacher_dtype
+        self.gradient_checkpointing = gradient_checkpointing
+        self.matmul_precision = matmul_precision
+        self.chunk_size = chunk_size
+        self.load_options = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+
+        configured = {"kd_loss": kd_loss is not None, "lm_loss": lm_loss}
+        configured |= {name: True for name in (routing.components if routing else [])}
+        self.components = [name for name in WEIGHT_KEY if configured.get(name)]
+        self.curriculum = CurriculumState(0, 0.0, dict.fromkeys(WEIGHT_KEYS, 1.0), 1.0, None)
+        self.measure_inactive = False
+        self.student: PreTrainedModel | None = None
+        self.teacher: OnlineTeacher | None = None
+        self.grad_norm: Tensor | None = None
+        self.metrics = DistillationMetrics()
+
+    # Set-up
+
+    @property
+    def max_context(self) -> int | None:
+        """The shorter of the two models' contexts, in tokens; None = unlimited."""
+        sources = [self.teacher_source, self.student_sources["student"] or self.student_sources["student_config"]]
+        contexts = [models.max_context(source, **self.load_options) for source in sources if source is not None]
+        return min((length for length in contexts if length is not None), default=None)
+
+    def configure_model(self) -> None:
+        """Loads both models, once; the student is built here so that a strategy can place it."""
+        if self.student is not None:
+            return
+        torch.set_float32_matmul_precision(self.matmul_precision)
+        dtype = self.teacher_dtype
+        if dtype == "auto":
+            dtype = "float32" if self.trainer.precision in ("32-true", "64-true") else "bfloat16"
+        target = getattr(torch, dtype)
+        loaded = torch.float32 if self.student_sources["student_layers"] is not None else target
+        teacher = models.load_model(self.teacher_source, dtype=loaded, key="model.teacher", **self.load_options)
+        self.student = self._student(teacher)
+        if self.gradient_checkpointing:
+            self.student.activation_checkpointing_enable()
+        self.student.train()
+        if self.routing is not None:
+            self.routing.build(teacher, self.student.config)
+        self.teacher = OnlineTeacher(teacher.to(target))
+
+    def _student(self, teacher: PreTrainedModel) -> PreTrainedModel:
+        source, layers, config = self.student_sources.values()
+        if layers is not None:
+            return models.cut_layers(teacher, layers)
+        if config is not None:
+            student = models.student_from_config(config, **self.load_options)
+        else:
+            student = models.load_model(source, dtype=torch.float32, key="model.student", **self.load_options)
+            models.check_vocabularies(
+                models.load_tokenizer(self.teacher_source, **self.load_options),
+                models.load_tokenizer(source, **self.load_options),
+            )
+        return student
+
+    @property
+    def num_experts(self) -> int | None:
+        """Experts (or slices) of the teacher's routed layers, None without routing."""
+        return self.routing.num_experts_ if self.routing is not None else None
+
+    def on_fit_start(self) -> None:
+        self._place_teacher()
+
+    def on_validation_start(self) -> None:
+        self._place_teacher()
+
+    def on_test_start(self) -> None:
+        self._place_teacher()
+
+    def on_predict_start(self) -> None:
+        self._place_teacher()
+
+    def _place_teacher(self) -> None:
+        assert self.teacher is not None
+        self.teacher.to(self.device)
+
+    # Losses
+
+    def component_weights(self) -> dict[str, float]:
+        """Configured component -> the curriculum's weight now, in listing order."""
+        return {name: self.curriculum.weights[WEIGHT_KEY[name]] for name in self.components}
+
+    def losses(
+        self, batch: Mapping[str, Any], share: float, metrics: bool = False
+    ) -> tuple[Tensor, LossBreakdown, dict[str, Tensor]]:
+        """Total and breakdown of a batch, the only place where losses are computed and weighed.
+
+        Args:
+            batch: what the datamodule's collate returns.
+            share: factor on every (sum over units) / (units of the step): accumulation x world size in training, 1 in
+                validation, where the units are the batch's own.
+            metrics: also add the batch to the weight-free metrics.
+
+        Returns:
+            total that carries the gradient, its breakdown, and the routing statistics.
+        """
+        assert self.student is not None and self.teacher is not None
+        state, weights = self.curriculum, self.component_weights()
+        wanted = [name for name, weight in weights.items() if weight > 0 or self.measure_inactive]
+        routed = [name for name in wanted if name.startswith("routing_")]
+        factor = {kind: share / max(count, 1) for kind, count in batch["units"].items()}
+
+        needs_teacher = "kd_loss" in wanted or bool(routed) or metrics
+        record = self.routing.record(bool(routed)) if self.routing is not None else None
+        teacher_hidden = None
+        if needs_teacher:
+            if record is not None:
+                with record:
+                    teacher_hidden = self.teacher.hidden(batch)
+            else:
+                teacher_hidden = self.teacher.hidden(batch)
+        layers = [index + 1 for index in self.routing.student_layer_indices] if routed and self.routing else []
+        output = decode(self.student, batch, **({"output_hidden_states": sorted(set(layers))} if layers else {}))
+
+        positions = batch["positions"]
+        engine = distillation_loss(
+            output.last_hidden_state.flatten(0, 1).index_select(0, positions),
+            lm_head_of(self.student),
+            batch["labels"].flatten().index_select(0, positions + 1),
+            None
+            if teacher_hidden is None
+            else DenseTargets(
+                teacher_hidden.flatten(0, 1).index_select(0, positions), lm_head_of(self.teacher.model)
+            ),
+            kd=self.kd_loss,
+            temperature=state.temperature,
+            kd_weight=weights["kd_loss"] * factor["tokens"] if "kd_loss" in wanted else None,
+            lm_weight=weights["lm_loss"] * factor["tokens"] if "lm_loss" in wanted else None,
+            chunk_size=self.chunk_size,
+            metrics=metrics,
+        )
+        total = engine.loss
+        raw: dict[str, Tensor] = {}
+        if "kd_loss" in wanted:
+            raw["kd_loss"] = engine.kd_sum * factor["tokens"]
+        if "lm_loss" in wanted:
+            raw["lm_loss"] = engine.lm_sum * factor["tokens"]
+        if metrics:
+            self.metrics.update(engine.stats, batch["bytes"])
+
+        stats: dict[str, Tensor] = {}
+        if routed:
+            assert self.routing is not None and record is not None
+            states = [output.hidden_states[layer] for layer in layers]
+            active = [name for name in routed if weights[name] > 0]
+            for names, grad in ((active, torch.is_grad_enabled()), ([n for n in routed if n not in active], False)):
+                if names:
+                    with torch.set_grad_enabled(grad):
+                        result = self.routing(names, states, record, batch, state.top_k_experts)
+                    stats |= result.stats
+                    for name, value in result.sums.items():
+                        value = value * factor[UNIT[name]]
+                        raw[name] = value.detach()
+                        if weights[name] > 0:
+                            total = total + weights[name] * value
+        order = {name: raw[name] for name in self.components if name in raw}
+        return total, LossBreakdown(order, weights), stats
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        """Loss and breakdown of a micro-batch; the window's last one also returns the whole step's breakdown.
+
+        Returns:
+            `loss` for Lightning, which divides it by the accumulation; `total`, the same before that; `breakdown` of
+            this micro-batch; `step`, the breakdown of the optimizer step over all ranks, or None inside a window.
+        """
+        accumulation = self.trainer.accumulate_grad_batches
+        total, breakdown, stats = self.losses(batch, share=accumulation * self.trainer.world_size)
+        self.measure_inactive = False
+        if isinstance(self.trainer.strategy, DDPStrategy) or not total.requires_grad:
+            total = total + self._zero_anchor(breakdown)
+        self.log("loss", total.detach(), prog_bar=True, logger=False)
+        for name, value in breakdown.scaled.items():
+            self.log(name, value, prog_bar=True, logger=False)
+
+        step = None
+        values = torch.stack([value.double() for value in breakdown.raw.values()])
+        self._window = values if batch_idx % accumulation == 0 else self._window + values
+        if (batch_idx + 1) % accumulation == 0 or self.trainer.is_last_batch:
+            mean = self.trainer.strategy.reduce(self._window / accumulation, reduce_op="mean")
+            step = LossBreakdown(dict(zip(breakdown.raw, mean.unbind(), strict=True)), breakdown.weights)
+            self._log_step(step, stats, batch["units"]["tokens"])
+        return {"loss": total, "total": total.detach(), "breakdown": breakdown, "step": step}
+
+    def _log_step(self, step: LossBreakdown, stats: dict[str, Tensor], tokens: int) -> None:
+        """Logs the optimizer step under the names of the metrics table."""
+        state, now = self.curriculum, time.perf_counter()
+        figures: dict[str, Any] = {"train/loss": step.total}
+        figures |= {f"train/{name}": step.raw[name] for name in step.active}
+        figures |= {f"train/{name}_scaled": value for name, value in step.scaled.items()}
+        figures |= {f"curriculum/{WEIGHT_KEY[name]}": weight for name, weight in step.weights.items()}
+        figures["curriculum/temperature"] = state.temperature
+        if self.routing is not None:
+            figures["curriculum/top_k_experts"] = float(state.top_k_experts or self.routing.native_k)
+        if self._last_step_end is not None:
+            figures["train/tokens_per_s"] = tokens / (now - self._last_step_end)
+        self._last_step_end = now
+        figures |= {f"routing/{name}": value for name, value in stats.items()}
+        self.log_dict(figures)
+
+    def _zero_anchor(self, breakdown: LossBreakdown) -> Tensor:
+        """Zero times what no active component uses, so that DDP finds every parameter in the graph."""
+        assert self.student is not None
+        unused = list(self._unused_parameters())
+        if "kd_loss" not in breakdown.active and "lm_loss" not in breakdown.active:
+            unused += [parameter for parameter in self.student.parameters() if parameter.requires_grad]
+        return sum((parameter.sum() for parameter in unused), torch.zeros((), device=self.device)) * 0.0
+
+    def _unused_parameters(self) -> list[nn.Parameter]:
+        """Projections and probes that no component of weight above zero trains."""
+        if self.routing is None:
+            return []
+        weights = self.component_weights()
+        used = {id(p) for name in self.routing.components if weights[name] > 0 for p in self.routing.trained_by(name)}
+        return [parameter for parameter in self.routing.parameters() if id(parameter) not in used]
+
+    # Validation
+
+    def on_validation_epoch_start(self) -> None:
+        self._sums = torch.zeros(2, len(self.components), dtype=torch.float64, device=self.device)
+        self.metrics.reset()
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        """Loss and breakdown of a batch with the weights, temperature and masks of the training step before it.
+
+        Returns:
+            `total` and `breakdown`, as the training step does.
+        """
+        total, breakdown, _ = self.losses(batch, share=1.0, metrics=True)
+        for index, name in enumerate(self.components):
+            if name in breakdown.raw:
+                count = batch["units"][UNIT.get(name, "tokens")]
+                self._sums[0, index] += breakdown.raw[name].double() * count
+                self._sums[1, index] += count
+        return {"total": total.detach(), "breakdown": breakdown}
+
+    def on_validation_epoch_end(self) -> None:
+        sums, counts = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
+        means = dict(zip(self.components, (sums / counts.clamp(min=1)).unbind(), strict=True))
+        weights = self.component_weights()
+        breakdown = LossBreakdown({name: means[name] for name in self.components if weights[name] > 0}, weights)
+        figures = {"val/loss": breakdown.total}
+        figures |= {f"val/{name}": value for name, value in breakdown.raw.items()}
+        figures |= {f"val/{name}": value for name, value in self.metrics.compute().items()}
+        self.log_dict(figures)
+
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """Greedy next tokens of both models at every position.
+
+        Returns:
+            `labels`, `student` and `teacher` token ids `[N]` at the batch's valid positions.
+        """
+        assert self.student is not None and self.teacher is not None
+        positions = batch["positions"]
+        result = {"labels": batch["labels"].flatten().index_select(0, positions + 1)}
+        hidden = {"student": decode(self.student, batch).last_hidden_state, "teacher": self.teacher.hidden(batch)}
+        for name, model in (("student", self.student), ("teacher", self.teacher.model)):
+            rows = hidden[name].flatten(0, 1).index_select(0, positions)
+            result[name] = model.get_output_embeddings()(rows).argmax(-1)
+        return result
+
+    # Optimisation
+
+    def configure_optimizers(self) -> Any:
+        """Fused AdamW with warm-up and cosine over optimizer steps."""
+        assert self.student is not None
+        horizon = self.trainer.estimated_stepping_batches
+        if self.warmup_steps >= horizon:
+            rank_zero_warn(f"model.warmup_steps: {self.warmup_steps} outlasts the run of {int(horizon)} steps.")
+        optimizer = adamw(
+            [(self.student, self.learning_rate), (self.routing, self.router_learning_rate)],
+            weight_decay=self.weight_decay,
+            betas=self.betas,
+            fused=self.trainer.precision != "16-mixed",
+        )
+        schedule = warmup_cosine(optimizer, self.warmup_steps, int(horizon), self.min_learning_rate_ratio)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        self._last_step_end: float | None = None
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        for parameter in self._unused_parameters():
+            parameter.grad = None
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips by norm or value and logs `train/grad_norm`, the norm before clipping, where it is known for free."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        logging = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
+        by_value = gradient_clip_algorithm == "value"
+        self.grad_norm = None
+        if parameters and (logging or (gradient_clip_val and not by_value)):
+            limit = math.inf if by_value or not gradient_clip_val else gradient_clip_val
+            self.grad_norm = nn.utils.clip_grad_norm_(parameters, limit)
+            self.log("train/grad_norm", self.grad_norm)
+        if by_value and gradient_clip_val:
+            nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+
+    # Checkpoints
+
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint depends on, as plain values."""
+        return {
+            "teacher": self.teacher_source,
+            **self.student_sources,
+            "components": self.components,
+            "routing": self.routing.settings() if self.routing is not None else None,
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["distill"] = {"format": CHECKPOINT_FORMAT, "settings": self.settings()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses what cannot be loaded and warns where the configuration, which wins, says otherwise.
+
+        Raises:
+            UserError: a checkpoint of a newer format, not of this program, or of a model with other shapes.
+        """
+        stored = checkpoint.get("distill")
+        if stored is None:
+            raise UserError("ckpt_path: this is no checkpoint of distill: give one from a run's checkpoints folder")
+        if stored["format"] > CHECKPOINT_FORMAT:
+            raise UserError(
+                f"ckpt_path: format {stored['format']} is newer than {CHECKPOINT_FORMAT}: update student-aware-distillation"
+            )
+        ours, theirs = self.settings(), stored["settings"]
+        differing = [f"{key} {theirs.get(key)} -> {ours[key]}" for key in ours if theirs.get(key) != ours[key]]
+        shapes = {name: tensor.shape for name, tensor in self.state_dict().items()}
+        saved = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}
+        if shapes != saved:
+            names = sorted(n for n in shapes.keys() | saved.keys() if shapes.get(n) != saved.get(n))
+            raise UserError(
+                f"ckpt_path: {len(names)} tensors differ from this configuration's, {names[0]} first "
+                f"(changed: {', '.join(differing) or 'the models behind the names'}): use the run's own configuration"
+            )
+        if differing:
+            rank_zero_warn(f"The configuration differs from the checkpoint's and wins: {', '.join(differing)}.")

@@ -1,0 +1,43 @@
+"""Fused AdamW in parameter groups, and warm-up then cosine counted in optimizer steps."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def adamw(
+    modules: Iterable[tuple[nn.Module | None, float]],
+    weight_decay: float,
+    betas: tuple[float, float],
+    fused: bool,
+) -> AdamW:
+    """AdamW over `(module, learning rate)` pairs, without decay on norms and biases (all parameters of one axis)."""
+    groups = []
+    for module, rate in modules:
+        trainable = [p for p in module.parameters() if p.requires_grad] if module is not None else []
+        for decay, parameters in (
+            (weight_decay, [p for p in trainable if p.ndim > 1]),
+            (0.0, [p for p in trainable if p.ndim <= 1]),
+        ):
+            if parameters:
+                groups.append({"params": parameters, "lr": rate, "weight_decay": decay})
+    return AdamW(groups, betas=betas, fused=fused)
+
+
+def warmup_cosine(optimizer: torch.optim.Optimizer, warmup: int, horizon: int, floor: float) -> LambdaLR:
+    """Linear warm-up over `warmup` optimizer steps, then a cosine to `floor` x the peak at step `horizon`.
+
+    The first step already has 1 / (warmup + 1) of the peak: a rate of zero trains nothing.
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        share = min((step - warmup) / max(horizon - warmup, 1), 1.0)
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
+
+    return LambdaLR(optimizer, factor)

@@ -1,0 +1,170 @@
+"""LightningCLI with curriculum, dumps, audit, bar, checkpoints and loggers on without being listed.
+
+Each default callback is a top-level key of the YAML, since dotted overrides cannot reach into the callbacks list;
+`--train_debug null` switches one off. The price is a signature that names them all.
+"""
+
+import os
+import re
+import shutil
+import sys
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning as L
+import torch
+from jsonargparse import ArgumentError
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from distill.callbacks.audit import LossAudit
+from distill.callbacks.curriculum import Curriculum
+from distill.callbacks.evaluation import Evaluation
+from distill.callbacks.progress import ProgressBar
+from distill.callbacks.step_dumps import CurriculumDump, KDLossDump, RoutingLossesDump
+from distill.callbacks.train_debug import TrainDebug
+from distill.data.datamodule import DistillationDataModule
+from distill.errors import UserError, did_you_mean
+from distill.module import DistillationModule
+
+# Key -> class of the callbacks that are on by default, in the order in which they print.
+CALLBACKS: dict[str, type[Callback]] = {
+    "audit": LossAudit,
+    "train_debug": TrainDebug,
+    "curriculum_dump": CurriculumDump,
+    "kd_loss_dump": KDLossDump,
+    "routing_losses_dump": RoutingLossesDump,
+    "evaluation": Evaluation,
+    "progress": ProgressBar,
+}
+
+
+class DistillTrainer(L.Trainer):
+    """Lightning's Trainer with two loggers in one run directory; our sampler does the distribution over ranks.
+
+    Args:
+        logger: null = CSV and TensorBoard in one directory, `lightning_logs/version_N`; false = none.
+        use_distributed_sampler: must stay false, the datamodule distributes the rows itself.
+        kwargs: of `lightning.Trainer`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        logger: Logger | list[Logger] | bool | None = None,
+        use_distributed_sampler: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if logger is None or logger is True:
+            root = kwargs.get("default_root_dir") or os.getcwd()
+            csv = CSVLogger(root, name="lightning_logs")
+            logger = [csv, TensorBoardLogger(root, name="lightning_logs", version=csv.version)]
+        super().__init__(*args, logger=logger, use_distributed_sampler=use_distributed_sampler, **kwargs)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the run's config.yaml once everything was checked; a run refused before its first step leaves nothing."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.directory = trainer.log_dir if trainer.loggers else None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.loggers:
+            super().setup(trainer, pl_module, "fit")
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, UserError) and trainer.global_step == 0 and trainer.is_global_zero:
+            for logger in trainer.loggers:
+                if isinstance(logger, CSVLogger | TensorBoardLogger):
+                    shutil.rmtree(logger.log_dir, ignore_errors=True)
+
+
+class Parser(LightningArgumentParser):
+    """A parser whose errors are one line with the remedy, not the whole usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        text = " ".join(str(message).split())
+        unknown = re.search(r"(?:Unrecognized arguments: |Key ')(--)?([\w.]+)", text)
+        if unknown:
+            keys = [action.dest for action in self._actions]
+            text += f": {did_you_mean(unknown[2], keys)}"
+        raise UserError(text)
+
+
+class DistillCLI(LightningCLI):
+    """LightningCLI of the one module and the one datamodule."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(Curriculum, "curriculum")
+        for key, callback in CALLBACKS.items():
+            path = f"{callback.__module__}.{callback.__qualname__}"
+            parser.add_argument(f"--{key}", type=callback | None, default={"class_path": path})
+        parser.add_argument(
+            "--checkpoint",
+            type=ModelCheckpoint | None,
+            default={
+                "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                "init_args": {
+                    "monitor": "val/kl_div_T1",
+                    "mode": "min",
+                    "save_last": True,
+                    "filename": "step={step}",
+                    "auto_insert_metric_name": False,
+                },
+            },
+        )
+        parser.add_argument("--early_stopping", type=EarlyStopping | None, default=None)
+
+    def before_instantiate_classes(self) -> None:
+        path = self.config[self.subcommand].get("ckpt_path") if self.subcommand else None
+        if path not in (None, "last", "best", "hpc", "registry"):
+            if not Path(path).exists():
+                raise UserError(f"ckpt_path: {path} does not exist: give a .ckpt file of a run's checkpoints folder")
+            if Path(path).is_file() and not zipfile.is_zipfile(path):
+                raise UserError(f"ckpt_path: {path} is truncated or no checkpoint: take an earlier one")
+
+    def _parse_ckpt_path(self) -> None:
+        """The configuration beats the checkpoint: nothing is read back into it."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        keys = [*CALLBACKS, "checkpoint", "early_stopping"]
+        chosen = [self._get(self.config_init, key) for key in keys]
+        extra = [self._get(self.config_init, "curriculum"), *(callback for callback in chosen if callback is not None)]
+        config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        return self._instantiate_trainer(config, extra)
+
+
+def run(args: list[str] | None = None) -> DistillCLI:
+    """Parses the command line (or `args`) and runs its subcommand.
+
+    Raises:
+        UserError: bad input, in one line.
+    """
+    quieten()
+    try:
+        return DistillCLI(
+            DistillationModule,
+            DistillationDataModule,
+            save_config_callback=SaveConfig,
+            trainer_class=DistillTrainer,
+            trainer_defaults={"log_every_n_steps": 10},
+            seed_everything_default=0,
+            parser_class=Parser,
+            parser_kwargs={"prog": "distill"},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=args,
+        )
+    except ArgumentError as error:
+        raise UserError(" ".join(str(error).split())) from error
+
+
+def quieten() -> None:
+    """Silences what libraries print that a user of a default run can do nothing about."""
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="jsonargparse.*")
+
+
