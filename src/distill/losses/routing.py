@@ -1,0 +1,307 @@
+"""Routing losses: what a teacher's experts do with a token, and which of them it asks, for a student to learn from.
+
+Every target is the teacher's and detached; the only things here that learn are projections (student width to teacher
+width) and gate probes (student width to experts), so no loss can be lowered by moving its own target. Both read the
+student's state layer-normalised without affine, whatever the scale of the residual stream. The price: with
+`tau: inf` a token's target is what its native routing already computed and costs nothing; a finite `tau` looks at every
+expert on every token, E / k times the routed work, unless `token_subset` bounds it.
+
+Shapes: B rows, L positions, T = B * L, N valid tokens, D width, E experts, K experts per token.
+"""
+
+import math
+import warnings
+from collections.abc import Collection
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from distill.breakdown import WEIGHT_KEY
+from distill.errors import UserError, did_you_mean
+from distill.losses.routing_terms import (
+    attention_alignment,
+    constant_gate_kl,
+    expert_importance,
+    feature_matching,
+    load_balance,
+    normalise,
+    student_aware_route,
+    usage_stats,
+)
+from distill.teachers.experts import Capture, Record, Routed, View, full_precision, recording
+from distill.teachers.find_experts import decoder_layers, find_views, moe_layers
+
+UNIT = {
+    "routing_feature_matching_loss": "tokens",
+    "routing_expert_importance_loss": "tokens",
+    "routing_load_balancing_loss": "micro_batches",
+    "routing_attention_alignment_loss": "queries",
+}
+FEATURE, IMPORTANCE, BALANCE, ALIGNMENT = UNIT
+
+
+@dataclass(frozen=True)
+class RoutingOutput:
+    """What one micro-batch on one rank yields.
+
+    Args:
+        sums: component -> differentiable sum over its units times its coefficient, averaged over layers.
+        stats: name -> detached scalar, averaged over layers, for the log under `routing/`.
+    """
+
+    sums: dict[str, Tensor]
+    stats: dict[str, Tensor]
+
+
+@final
+class Routing(nn.Module):
+    """The four routing losses over the teacher's experts at chosen layers.
+
+    Args:
+        losses: name without the `routing_` prefix -> coefficient, default all four at 1.
+        teacher_layers: a number of layers at even depth fractions, or 0-based indices; of a MoE teacher the MoE layers
+            are meant.
+        student_layers: 0-based, one for each teacher layer; default the same depth fractions.
+        num_experts: slices of a dense FFN, default 8; for a MoE teacher None.
+        native_top_k: slices per token of a dense FFN, default 2; for a MoE teacher None.
+        tau: temperature of student-aware selection; `inf` is the teacher's own gate, bit for bit. At a finite tau a
+            selection bias or groups of experts (DeepSeek) do not take part.
+        token_subset: with a finite tau, at most so many tokens of a micro-batch and rank are looked at with all
+            experts, evenly spaced over the valid ones; the others keep the teacher's own gate. It bounds the cost to
+            E * token_subset expert evaluations a layer. Its price: which tokens these are depends on the micro-batch,
+            so the loss is then no longer the same for every split of the same tokens.
+
+    Raises:
+        UserError: a name, coefficient, temperature or count that cannot be meant.
+    """
+
+    def __init__(
+        self,
+        losses: dict[str, float] | None = None,
+        teacher_layers: int | list[int] = 1,
+        student_layers: list[int] | None = None,
+        num_experts: int | None = None,
+        native_top_k: int | None = None,
+        tau: float = math.inf,
+        token_subset: int | None = None,
+    ) -> None:
+        super().__init__()
+        names = [component.removeprefix("routing_") for component in UNIT]
+        losses = dict.fromkeys(names, 1.0) if losses is None else losses
+        for name, coefficient in losses.items():
+            if name not in names:
+                raise UserError(f"losses: {name!r} is no routing loss; {did_you_mean(name, names)}")
+            if not 0 <= coefficient < math.inf:
+                raise UserError(f"losses: {name} has coefficient {coefficient}; give a number from 0 up")
+        if not losses:
+            raise UserError("losses: {} names no routing loss; name one or leave routing out")
+        if not tau > 0:
+            raise UserError(f"tau: {tau} is not a temperature; give a number above 0, or inf for the teacher's gate")
+        if tau < math.inf and "feature_matching_loss" not in losses:
+            raise UserError(f"tau: {tau} needs the projection of feature_matching_loss; add that loss or set tau: inf")
+        for key, value in (
+            ("num_experts", num_experts),
+            ("native_top_k", native_top_k),
+            ("token_subset", token_subset),
+            ("teacher_layers", teacher_layers if isinstance(teacher_layers, int) else len(teacher_layers)),
+        ):
+            if value is not None and value < 1:
+                raise UserError(f"{key}: {value} is not a count; give 1 or more")
+        if token_subset is not None and tau == math.inf:
+            raise UserError(f"token_subset: {token_subset} bounds a finite tau only; set tau or leave it out")
+        self.coefficients = {f"routing_{name}": float(coefficient) for name, coefficient in losses.items()}
+        self.components = [component for component in WEIGHT_KEY if component in self.coefficients]
+        self.teacher_layers = teacher_layers
+        self.student_layers = student_layers
+        self.num_experts = num_experts
+        self.native_top_k = native_top_k
+        self.tau = tau
+        self.token_subset = token_subset
+        self.projections = nn.ModuleList()
+        self.probes = nn.ModuleList()
+        self.native_k = 0
+        self.num_experts_ = 0
+        self.student_layer_indices: list[int] = []
+        self._views: list[View] = []
+        self._warned = False
+
+    def build(self, teacher: PreTrainedModel, student_config: PretrainedConfig) -> None:
+        """Find the teacher's experts and make the projections and probes that the configured losses need.
+
+        Raises:
+            UserError: a layer is out of range or has no experts, or counts differ from the teacher's.
+        """
+        student = student_config.get_text_config()
+        depth, sparse = len(decoder_layers(teacher)), moe_layers(teacher)
+        layers = self.teacher_layers
+        if isinstance(layers, int):
+            layers = spread(layers, sparse or list(range(depth)))
+        check_layers("teacher_layers", layers, depth)
+        chosen = self.student_layers
+        if chosen is None:
+            chosen = [max(0, round_half_up((t + 1) / depth * student.num_hidden_layers) - 1) for t in layers]
+        check_layers("student_layers", chosen, student.num_hidden_layers)
+        if len(chosen) != len(layers):
+            raise UserError(f"student_layers: {chosen} are not one for each of the teacher layers {layers}; match them")
+        self._views = find_views(teacher, layers, self.num_experts, self.native_top_k)
+        self.student_layer_indices = chosen
+        self.num_experts_, self.native_k = self._views[0].num_experts, self._views[0].native_k
+        if FEATURE in self.components:
+            self.projections = nn.ModuleList(nn.Linear(student.hidden_size, view.width) for view in self._views)
+        if IMPORTANCE in self.components or BALANCE in self.components:
+            self.probes = nn.ModuleList(nn.Linear(student.hidden_size, self.num_experts_) for _ in self._views)
+
+    def record(self, active: bool = True) -> AbstractContextManager[Record]:
+        """Around the teacher's forward pass: keeps what the chosen blocks did with the batch. Free where not active."""
+        return recording(self._views, active)
+
+    def needs_record(self, names: Collection[str]) -> bool:
+        """Whether any of the components reads the teacher's experts."""
+        return bool(set(names) - {BALANCE})
+
+    def forward(
+        self,
+        names: Collection[str],
+        student_states_BLD: list[Tensor],
+        record: Record,
+        batch: dict[str, Any],
+        top_k_experts: int | None = None,
+    ) -> RoutingOutput:
+        """The requested components of one micro-batch.
+
+        Args:
+            names: components.
+            student_states_BLD: outputs of the student's `student_layer_indices`.
+            record: of `record()` around the teacher's forward pass over the same batch.
+            batch: with position_ids and attention_mask [B, L] and positions [N].
+            top_k_experts: experts per token, None for the native k.
+
+        Raises:
+            UserError: top_k_experts is not between 1 and E.
+        """
+        assert self._views, "build() comes first"
+        assert len(student_states_BLD) == len(self._views)
+        wanted = [component for component in self.components if component in names]
+        k, positions_N = self._experts_per_token(top_k_experts), batch["positions"]
+        sums = {component: full_precision(student_states_BLD[0]).new_zeros(()) for component in wanted}
+        stats: list[dict[str, Tensor]] = []
+        probe_logits = []
+        for i, (view, states_BLD) in enumerate(zip(self._views, student_states_BLD, strict=True)):
+            states_BLD = normalise(states_BLD)
+            states_ND = states_BLD.flatten(0, 1).index_select(0, positions_N)
+            if IMPORTANCE in wanted or BALANCE in wanted:
+                probe_logits.append(full_precision(self.probes[i](states_ND)))
+            if not self.needs_record(wanted):
+                continue
+            if ALIGNMENT in wanted:  # its keys need not be valid tokens
+                rows_R, states_RD = (
+                    torch.arange(states_BLD[..., 0].numel(), device=positions_N.device),
+                    states_BLD.flatten(0, 1),
+                )
+                valid_N = positions_N
+            else:
+                rows_R, states_RD = positions_N, states_ND
+                valid_N = torch.arange(len(positions_N), device=positions_N.device)
+            mixture = ALIGNMENT in wanted or FEATURE in wanted
+            projected_RD = self.projections[i](states_RD) if mixture and self.projections else None
+            routed = self._route(view, record[view.layer], rows_R, valid_N, projected_RD, k, mixture)
+            gates_NE = routed.gates_NE.index_select(0, valid_N)
+            stats.append(usage_stats(routed, gates_NE, valid_N))
+            if FEATURE in wanted:
+                assert projected_RD is not None
+                assert routed.mixture_ND is not None
+                target_ND = routed.mixture_ND.index_select(0, valid_N)
+                sums[FEATURE] = sums[FEATURE] + feature_matching(projected_RD.index_select(0, valid_N), target_ND)
+            if IMPORTANCE in wanted:
+                importance = expert_importance(probe_logits[i], gates_NE)
+                sums[IMPORTANCE] = sums[IMPORTANCE] + importance
+                constant = constant_gate_kl(gates_NE)
+                gain = constant - importance.detach() / max(1, len(gates_NE))
+                stats[-1] |= {"constant_gate_kl": constant, "probe_gain": gain}
+            if ALIGNMENT in wanted:
+                assert routed.mixture_ND is not None
+                mixture_BLD = normalise(routed.mixture_ND).view(*states_BLD.shape[:2], -1)
+                sums[ALIGNMENT] = sums[ALIGNMENT] + attention_alignment(states_BLD, mixture_BLD, batch)
+        if BALANCE in wanted:  # over all ranks, so every rank comes here, with tokens or without
+            balance = load_balance(torch.cat(probe_logits), self.native_k, len(self._views))
+            sums[BALANCE] = balance * len(self._views)
+        scale = {component: self.coefficients[component] / len(self._views) for component in wanted}
+        return RoutingOutput(
+            {component: value * scale[component] for component, value in sums.items()},
+            {name: torch.stack([layer[name] for layer in stats]).mean() for name in (stats[0] if stats else ())},
+        )
+
+    def _route(
+        self,
+        view: View,
+        capture: Capture,
+        rows_R: Tensor,
+        valid_N: Tensor,
+        projected_RD: Tensor | None,
+        k: int,
+        mixture: bool,
+    ) -> Routed:
+        """Routing of rows R of the batch, `valid_N` of which are valid tokens: the teacher's own, or student-aware."""
+        if self.tau == math.inf or projected_RD is None:
+            return view.route(capture, rows_R, k, mixture)
+        if self.token_subset is None:
+            return student_aware_route(view, capture, rows_R, projected_RD, k, self.tau)
+        some_S = valid_N[:: max(1, math.ceil(len(valid_N) / self.token_subset))]
+        own = view.route(capture, rows_R, k, mixture)
+        aware = student_aware_route(
+            view, capture, rows_R.index_select(0, some_S), projected_RD.index_select(0, some_S), k, self.tau
+        )
+        assert own.mixture_ND is not None
+        assert aware.mixture_ND is not None
+        return Routed(
+            own.gates_NE,
+            own.index_NK.index_copy(0, some_S, aware.index_NK),
+            own.mixture_ND.index_copy(0, some_S, aware.mixture_ND.to(own.mixture_ND.dtype)),
+            aware.gap_NK,
+        )
+
+    def _experts_per_token(self, top_k_experts: int | None) -> int:
+        if top_k_experts is None:
+            return self.native_k
+        if not 1 <= top_k_experts <= self.num_experts_:
+            raise UserError(
+                f"top_k_experts: {top_k_experts} is not within 1 to {self.num_experts_}, the teacher's experts; change it"
+            )
+        if top_k_experts < self.native_k and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"top_k_experts: {top_k_experts} is below the teacher's own {self.native_k} experts per token: "
+                "the targets are poorer than what the teacher computes",
+                stacklevel=3,
+            )
+        return top_k_experts
+
+
+def spread(count: int, among: list[int]) -> list[int]:
+    """`count` of the layers at even depth fractions: 1 of 30 is the middle one, 2 are at one and two thirds.
+
+    Example:
+        >>> spread(2, list(range(30)))
+        [9, 19]
+    """
+    if count > len(among):
+        raise UserError(f"teacher_layers: {count} are more than the teacher's {len(among)} layers; lower it")
+    return [among[max(0, round_half_up((i + 1) * len(among) / (count + 1)) - 1)] for i in range(count)]
+
+
+def round_half_up(x: float) -> int:
+    """Nearest integer, halves upwards."""
+    return math.floor(x + 0.5)
+
+
+def check_layers(key: str, layers: list[int], depth: int) -> None:
+    """Raises UserError unless the indices are distinct layers of a model with `depth` of them."""
+    for index in layers:
+        if not 0 <= index < depth:
+            raise UserError(f"{key}: {index} is not a layer; the model has layers 0 to {depth - 1}")
+    if key == "teacher_layers" and len(set(layers)) < len(layers):
+        raise UserError(f"{key}: {layers} names a layer twice; name each once")

@@ -1,0 +1,255 @@
+"""The teacher's experts, read where its own forward pass has already been: hooks, never a second pass.
+
+Two views with the same methods. `MoeView` finds `experts` and their router by structure and calls the family's own code
+for anything beyond the captured routing, so biased, transposed or interleaved weights need no adapter. `DenseView`
+takes the input of an FFN's last matrix, the neurons, and cuts it into E contiguous slices whose outputs add up to the
+FFN's output. What was guessed from the structure (which function of the logits the gate is, that the last matrix is the
+FFN's last act) is checked on a few made-up tokens when the view is built; a family that fails is refused by name.
+The price: what the hooks keep lives until the losses are done, D + E numbers a token and MoE layer or I a dense one.
+
+Shapes: T rows of the batch (B * L, padding included), N chosen rows, D teacher width, E experts, K experts per token,
+I FFN neurons.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
+
+Capture = dict[str, Tensor]  # what the hooks of one layer kept, detached by the caller's no_grad
+CHUNK_BYTES = 32 * 2**20  # of one block of expert outputs [E, n, D]
+
+
+@dataclass
+class Routed:
+    """Where a layer's tokens went.
+
+    Args:
+        gates_NE: the teacher's gate over all experts, rows sum to 1.
+        index_NK: chosen experts.
+        mixture_ND: their gate-weighted sum; None where it was not asked for.
+        gap_NK: error of the student on each chosen expert; None unless the student was looked at.
+    """
+
+    gates_NE: Tensor
+    index_NK: Tensor
+    mixture_ND: Tensor | None = None
+    gap_NK: Tensor | None = None
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """fp32, or what is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def chunks(num_rows: int, row_bytes: int) -> Iterator[slice]:
+    """Slices of rows that stay within CHUNK_BYTES."""
+    step = max(1, CHUNK_BYTES // row_bytes)
+    return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
+
+
+@dataclass(eq=False)
+class MoeView:
+    """The experts of one MoE block.
+
+    Args:
+        layer: 0-based layer index.
+        router: module that returns (logits [T, E], weights [T, K], indices [T, K]) and has `top_k`.
+        experts: module called with (states [T, D], indices [T, K], weights [T, K]).
+        sigmoid: the gate is sigmoid scores over their sum (DeepSeek) rather than a softmax.
+    """
+
+    layer: int
+    router: nn.Module
+    experts: nn.Module
+    num_experts: int
+    native_k: int
+    width: int
+    sigmoid: bool
+
+    def hooks(self, capture: Capture) -> list[Any]:
+        """Handles of the hooks that fill `capture` during the teacher's forward pass."""
+
+        def after_router(module: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+            capture["router_input_TD"] = args[0].reshape(-1, args[0].shape[-1])
+            capture["logits_TE"], capture["weights_TK"], capture["index_TK"] = output[:3]
+
+        def after_experts(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            capture["input_TD"] = args[0]
+            capture["mixture_TD"] = output.reshape(-1, output.shape[-1])
+
+        return [
+            self.router.register_forward_hook(after_router),
+            self.experts.register_forward_hook(after_experts),
+        ]
+
+    def gates(self, capture: Capture, rows_N: Tensor) -> Tensor:
+        """The teacher's gate over all experts [N, E], without any selection bias."""
+        return gate_of_logits(capture["logits_TE"].index_select(0, rows_N), self.sigmoid)
+
+    def route(self, capture: Capture, rows_N: Tensor, k: int, mixture: bool) -> Routed:
+        """The teacher's own routing with k experts per token.
+
+        At the native k these are the captured weights and the captured sum of the outputs, bit for bit, and cost
+        nothing. Any other k runs the family's own selection again with that k, and its experts on the rows asked for.
+        """
+        gates_NE = self.gates(capture, rows_N)
+        if k == self.native_k:
+            kept = capture["mixture_TD"].index_select(0, rows_N) if mixture else None
+            return Routed(gates_NE, capture["index_TK"].index_select(0, rows_N), kept)
+        _, weights_NK, index_NK = call_router(self.router, capture["router_input_TD"].index_select(0, rows_N), k)
+        if not mixture:
+            return Routed(gates_NE, index_NK)
+        input_ND, experts = capture["input_TD"].index_select(0, rows_N), unsharded(self.experts)
+        mixture_ND = torch.empty_like(input_ND)
+        for part in chunks(len(rows_N), k * self.width * input_ND.element_size()):
+            mixture_ND[part] = experts(input_ND[part], index_NK[part], weights_NK[part])
+        return Routed(gates_NE, index_NK, mixture_ND)
+
+    def outputs(self, capture: Capture, rows_N: Tensor) -> Tensor:
+        """Output of every expert [E, N, D], by the family's own code on E copies of the rows, one expert each."""
+        input_ND = capture["input_TD"].index_select(0, rows_N)
+        copies = input_ND.expand(self.num_experts, *input_ND.shape).reshape(-1, self.width)
+        index = torch.arange(self.num_experts, device=rows_N.device).repeat_interleave(len(rows_N))[:, None]
+        ones = torch.ones(len(copies), 1, dtype=capture["weights_TK"].dtype, device=rows_N.device)
+        output: Tensor = unsharded(self.experts)(copies, index, ones)
+        return output.view(self.num_experts, len(rows_N), self.width)
+
+    def log_share(self, gates_NE: Tensor) -> Tensor:
+        """Log of the weight [N, E] of an expert in the teacher's own mixture, up to a constant per token."""
+        return gates_NE.log()
+
+
+@dataclass(eq=False)
+class DenseView:
+    """E contiguous slices of a dense FFN's neurons as experts [MoEfication, arXiv 2110.01786].
+
+    A slice's output is its neurons times its rows of the last matrix (a bias is shared out equally), so the slices add
+    up to the FFN's output exactly. The gate is the slice's share of the summed squared output norms: a weak signal. On
+    SmolLM2-135M with 8 slices it differs from its own mean by only 0.06-0.11 nats a token.
+
+    Args:
+        layer: 0-based layer index.
+        down: the FFN's last matrix, `nn.Linear` or GPT-2's `Conv1D`.
+        num_experts: number of slices; divides the number of neurons.
+        native_k: slices per token where no schedule says more.
+    """
+
+    layer: int
+    down: nn.Module
+    num_experts: int
+    native_k: int
+    width: int
+
+    def hooks(self, capture: Capture) -> list[Any]:
+        """Handles of the hooks that fill `capture` during the teacher's forward pass."""
+
+        def before_down(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            capture["neurons_TI"] = args[0].reshape(-1, args[0].shape[-1])
+
+        return [self.down.register_forward_pre_hook(before_down)]
+
+    def gates(self, capture: Capture, rows_N: Tensor) -> Tensor:
+        """Share [N, E] of each slice in the summed squared output norms."""
+        return self.route(capture, rows_N, self.native_k, mixture=False).gates_NE
+
+    def route(self, capture: Capture, rows_N: Tensor, k: int, mixture: bool) -> Routed:
+        """The k slices with the largest gates and the plain sum of their outputs."""
+        parts = [
+            self._route(capture, rows_N[part], k, mixture)
+            for part in chunks(len(rows_N), self.num_experts * self.width * capture["neurons_TI"].element_size())
+        ] or [self._route(capture, rows_N, k, mixture)]
+        sums = [part.mixture_ND for part in parts if part.mixture_ND is not None]
+        return Routed(
+            torch.cat([part.gates_NE for part in parts]),
+            torch.cat([part.index_NK for part in parts]),
+            torch.cat(sums) if sums else None,
+        )
+
+    def _route(self, capture: Capture, rows_N: Tensor, k: int, mixture: bool) -> Routed:
+        outputs_END = self.outputs(capture, rows_N)
+        gates_NE = norm_share(outputs_END)
+        index_NK = gates_NE.topk(k).indices
+        return Routed(gates_NE, index_NK, mix(outputs_END, index_NK) if mixture else None)
+
+    def outputs(self, capture: Capture, rows_N: Tensor) -> Tensor:
+        """Output of every slice [E, N, D]."""
+        neurons_NI = capture["neurons_TI"].index_select(0, rows_N)
+        neurons_ENi = neurons_NI.view(len(rows_N), self.num_experts, -1).transpose(0, 1)
+        down = unsharded(self.down)
+        weight_ID = down.weight if isinstance(down, Conv1D) else down.weight.T
+        weight_EiD = weight_ID.unflatten(0, (self.num_experts, -1))
+        if down.bias is None:
+            return torch.bmm(neurons_ENi, weight_EiD)
+        bias_END = (down.bias / self.num_experts).expand(self.num_experts, 1, self.width)
+        return torch.baddbmm(bias_END, neurons_ENi, weight_EiD)
+
+    def log_share(self, gates_NE: Tensor) -> Tensor:
+        """Log of the weight [N, E] of a slice in the teacher's own mixture: a plain sum, so the same for all."""
+        return torch.zeros_like(gates_NE)
+
+
+View = MoeView | DenseView
+Record = dict[int, Capture]  # teacher layer -> what its hooks kept
+
+
+def gate_of_logits(logits_NE: Tensor, sigmoid: bool) -> Tensor:
+    """Gate [N, E] over all experts: softmax of the router's logits, or sigmoid scores over their sum."""
+    logits_NE = full_precision(logits_NE)
+    if not sigmoid:
+        return logits_NE.softmax(-1)
+    scores_NE = logits_NE.sigmoid()
+    return scores_NE / scores_NE.sum(-1, keepdim=True)
+
+
+def norm_share(outputs_END: Tensor) -> Tensor:
+    """Each expert's share [N, E] of the summed squared output norms; equal shares where all outputs are zero."""
+    norms_NE = torch.linalg.vector_norm(full_precision(outputs_END), dim=-1).square().T
+    tiny = torch.finfo(norms_NE.dtype).tiny
+    return (norms_NE + tiny) / (norms_NE + tiny).sum(-1, keepdim=True)
+
+
+def mix(outputs_END: Tensor, index_NK: Tensor, weights_NK: Tensor | None = None) -> Tensor:
+    """Weighted sum [N, D] of each token's chosen experts; without weights the plain sum."""
+    chosen_KND = outputs_END.take_along_dim(index_NK.T[:, :, None], dim=0)
+    if weights_NK is not None:
+        chosen_KND = chosen_KND * weights_NK.T[:, :, None].to(chosen_KND.dtype)
+    return chosen_KND.sum(0)
+
+
+def unsharded(module: nn.Module) -> Any:
+    """The module with whole parameters: itself, or under FSDP2 a shallow copy that has gathered its own."""
+    if not any(isinstance(parameter, DTensor) for parameter in module.parameters(recurse=False)):
+        return module
+    whole = copy.copy(module)
+    whole._parameters = {
+        name: parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        for name, parameter in module._parameters.items()
+    }
+    return whole
+
+
+def call_router(router: nn.Module, input_ND: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(logits, weights, indices) of the family's own selection with k experts; the router itself is left alone."""
+    other = copy.copy(unsharded(router))
+    other.top_k = k
+    logits_NE, weights_NK, index_NK = type(router).forward(other, input_ND)[:3]
+    return logits_NE, weights_NK, index_NK
+
+
+@contextmanager
+def recording(views: list[View], active: bool = True) -> Iterator[Record]:
+    """Hooks on the views' modules for the length of one teacher forward pass; none at all where not active."""
+    kept: Record = {view.layer: {} for view in views} if active else {}
+    handles = [handle for view in views if active for handle in view.hooks(kept[view.layer])]
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()

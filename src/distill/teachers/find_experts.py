@@ -1,0 +1,197 @@
+"""Finding a teacher's experts by what its modules are, not by what its family is called.
+
+A MoE block is a module with `experts` and a router that has `top_k`; a dense FFN is a module whose last matrix is known
+by one of five names. Names can lie, so each guess is tried on a few made-up tokens: a router whose weights are neither
+a softmax nor a sigmoid of its logits, or an FFN that does more after its last matrix, is refused in one line. The price
+is that a family with another kind of gate needs code here first.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from distill.errors import UserError
+from distill.teachers.experts import DenseView, MoeView, View, call_router, full_precision, gate_of_logits
+
+DENSE_EXPERTS, DENSE_K = 8, 2  # without a word from the user
+FFN_NAMES = ("mlp", "feed_forward", "ffn")
+LAST_MATRIX_NAMES = ("down_proj", "c_proj", "w2", "fc2", "dense_4h_to_h")
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder's layers: the first module list that is as long as the configuration says.
+
+    Raises:
+        UserError: the model has no such list.
+    """
+    depth = model.config.get_text_config().num_hidden_layers
+    for module in model.get_decoder().modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise UserError(f"teacher: {type(model).__name__} has no list of {depth} layers; routing losses cannot read it")
+
+
+def router_of(block: nn.Module) -> nn.Module | None:
+    """The router beside a block's experts."""
+    return next((child for name in ("gate", "router") if hasattr(child := getattr(block, name, None), "top_k")), None)
+
+
+def moe_block(layer: nn.Module) -> nn.Module | None:
+    """The MoE block of a layer: the first module with `experts` and a router."""
+    return next((m for m in layer.modules() if hasattr(m, "experts") and router_of(m) is not None), None)
+
+
+def num_experts_of(block: nn.Module) -> int:
+    """The number of experts of a MoE block: the length of the experts' weights."""
+    return int(next(block.experts.parameters()).shape[0])  # type: ignore[union-attr]
+
+
+def ffn_block(layer: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+    """A layer's dense FFN and its last matrix."""
+    for name in FFN_NAMES:
+        ffn = getattr(layer, name, None)
+        for last in LAST_MATRIX_NAMES:
+            down = getattr(ffn, last, None)
+            if isinstance(ffn, nn.Module) and isinstance(down, nn.Linear | Conv1D):
+                return ffn, down
+    return None
+
+
+def moe_layers(model: PreTrainedModel) -> list[int]:
+    """0-based indices of the layers with a MoE block; empty for a dense model."""
+    return [index for index, layer in enumerate(decoder_layers(model)) if moe_block(layer) is not None]
+
+
+def made_up_tokens(width: int, like: Tensor) -> Tensor:
+    """Eight fixed states [8, D] of unit scale, without drawing from the random generator."""
+    return torch.arange(8 * width, device=like.device).sin().mul(2**0.5).to(like.dtype).view(8, width)
+
+
+@torch.no_grad()
+def moe_view(layer: nn.Module, index: int, width: int) -> MoeView | None:
+    """The view of a layer's MoE block, None where it has none.
+
+    Raises:
+        UserError: the router's weights are neither a softmax nor a sigmoid of its logits.
+    """
+    block = moe_block(layer)
+    if block is None:
+        return None
+    router = router_of(block)
+    assert router is not None
+    assert isinstance(block.experts, nn.Module)
+    native_k = int(router.top_k)  # type: ignore[arg-type]
+    num_experts = num_experts_of(block)
+    trouble = f"teacher: routing losses cannot read the router {type(router).__name__} of layer {index}"
+    remedy = "its gate would need an adapter in distill/teachers/find_experts.py; leave the routing losses out"
+    try:
+        weight = next(router.parameters())
+        logits_NE, weights_NK, index_NK = call_router(router, made_up_tokens(width, weight), min(2, num_experts))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{trouble} ({error}); {remedy}") from error
+    share_NK = full_precision(weights_NK) / full_precision(weights_NK).sum(-1, keepdim=True)
+    error_of = {}
+    for sigmoid in (False, True):
+        chosen_NK = gate_of_logits(logits_NE, sigmoid).gather(-1, index_NK)
+        error_of[sigmoid] = float((chosen_NK / chosen_NK.sum(-1, keepdim=True) - share_NK).abs().max())
+    sigmoid = error_of[True] < error_of[False]
+    if not error_of[sigmoid] < (1e-3 if weights_NK.dtype in (torch.float32, torch.float64) else 2e-2):
+        raise UserError(f"{trouble}: its weights are neither a softmax nor a sigmoid of its logits; {remedy}")
+    return MoeView(index, router, block.experts, num_experts, native_k, width, sigmoid)
+
+
+@torch.no_grad()
+def dense_view(layer: nn.Module, index: int, width: int, num_experts: int, native_k: int) -> DenseView:
+    """The view of a layer's dense FFN as `num_experts` slices.
+
+    Raises:
+        UserError: no FFN is found, it does more after its last matrix, or its neurons do not divide.
+    """
+    found = ffn_block(layer)
+    if found is None:
+        raise UserError(f"teacher: layer {index} ({type(layer).__name__}) has no experts and no FFN that can be sliced")
+    ffn, down = found
+    weight = down.weight
+    assert isinstance(weight, Tensor)
+    if weight.ndim != 2 or not weight.is_floating_point():
+        raise UserError(f"teacher: layer {index} has quantized FFN weights; load the teacher in fp32 or bf16")
+    num_neurons = weight.shape[0] if isinstance(down, Conv1D) else weight.shape[1]
+    if num_neurons % num_experts:
+        near = [e for e in range(2, 65) if num_neurons % e == 0]
+        raise UserError(f"num_experts: {num_experts} does not divide the {num_neurons} FFN neurons; try one of {near}")
+    kept: list[Tensor] = []
+    handle = down.register_forward_hook(lambda module, args, output: kept.append(output))
+    try:
+        output = ffn(made_up_tokens(width, weight)[None])
+    finally:
+        handle.remove()
+    if not (isinstance(output, Tensor) and len(kept) == 1 and torch.equal(output, kept[0])):
+        raise UserError(f"teacher: the FFN {type(ffn).__name__} of layer {index} is more than a sum over its neurons")
+    return DenseView(index, down, num_experts, native_k, width)
+
+
+def find_views(
+    teacher: PreTrainedModel, layers: list[int], num_experts: int | None, native_top_k: int | None
+) -> list[View]:
+    """One view per teacher layer.
+
+    Args:
+        teacher: in eval mode.
+        layers: 0-based indices.
+        num_experts: slices of a dense FFN, 8 by default; of a MoE teacher None or the number it has.
+        native_top_k: slices per token of a dense FFN, 2 by default; of a MoE teacher None or the number it has.
+
+    Raises:
+        UserError: a layer has no experts, or not as many as asked for.
+    """
+    width, blocks = teacher.config.get_text_config().hidden_size, decoder_layers(teacher)
+    sparse = moe_layers(teacher)
+    views: list[View] = []
+    for index in layers:
+        view: View | None = moe_view(blocks[index], index, width)
+        if view is None and sparse:
+            raise UserError(f"teacher_layers: {index} is a dense layer of a MoE teacher; choose among {sparse}")
+        views.append(
+            view or dense_view(blocks[index], index, width, num_experts or DENSE_EXPERTS, native_top_k or DENSE_K)
+        )
+    real = views[0]
+    if any((view.num_experts, view.native_k) != (real.num_experts, real.native_k) for view in views):
+        raise UserError(f"teacher_layers: {layers} differ in their number of experts; choose layers that agree")
+    for key, asked, has in (
+        ("num_experts", num_experts, real.num_experts),
+        ("native_top_k", native_top_k, real.native_k),
+    ):
+        if asked is not None and asked != has:
+            raise UserError(f"{key}: {asked}, but the teacher's MoE blocks have {has}; leave the key out")
+    if real.native_k > real.num_experts:
+        raise UserError(f"native_top_k: {real.native_k} is more than the {real.num_experts} experts; lower it")
+    return views
+
+
+@contextmanager
+def experts_per_token(teacher: PreTrainedModel, k: int) -> Iterator[None]:
+    """The teacher's own forward passes use k experts per token in every MoE block, `k = E` all of them.
+
+    Raises:
+        UserError: the teacher has no MoE block, or fewer experts than k.
+    """
+    blocks = [block for layer in decoder_layers(teacher) if (block := moe_block(layer)) is not None]
+    routers: list[Any] = [router_of(block) for block in blocks]
+    if not routers:
+        raise UserError(f"experts per token: {k}, but the teacher has no experts; leave the key out")
+    before = [router.top_k for router in routers]
+    most = min(num_experts_of(block) for block in blocks)
+    if not 1 <= k <= most:
+        raise UserError(f"experts per token: {k} is not between 1 and the teacher's {most} experts; change it")
+    try:
+        for router in routers:
+            router.top_k = k
+        yield
+    finally:
+        for router, native_k in zip(routers, before, strict=True):
+            router.top_k = native_k
