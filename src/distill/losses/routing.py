@@ -11,8 +11,7 @@ Shapes: B rows, L positions, T = B * L, N valid tokens, D width, E experts, K ex
 
 import math
 import warnings
-from collections.abc import Collection
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -32,7 +31,7 @@ from distill.losses.routing_terms import (
     student_aware_route,
     usage_stats,
 )
-from distill.teachers.experts import Capture, Record, Routed, View, full_precision, recording
+from distill.teachers.experts import Capture, Recording, Routed, View, full_precision
 from distill.teachers.find_experts import decoder_layers, find_views, moe_layers
 
 UNIT = {
@@ -155,9 +154,23 @@ class Routing(nn.Module):
         if IMPORTANCE in self.components or BALANCE in self.components:
             self.probes = nn.ModuleList(nn.Linear(student.hidden_size, self.num_experts_) for _ in self._views)
 
-    def record(self, active: bool = True) -> AbstractContextManager[Record]:
+    def record(self, active: bool = True) -> Recording:
         """Around the teacher's forward pass: keeps what the chosen blocks did with the batch. Free where not active."""
-        return recording(self._views, active)
+        return Recording(self._views, active)
+
+    def trained_by(self, component: str) -> Iterator[nn.Parameter]:
+        """The projections or probes that a component sends gradient to."""
+        heads = {FEATURE: self.projections, IMPORTANCE: self.probes, BALANCE: self.probes}
+        yield from heads[component].parameters() if component in heads else ()
+
+    def settings(self) -> dict[str, Any]:
+        """What the heads in a checkpoint depend on, as plain values."""
+        return {
+            "components": self.components,
+            "teacher_layers": [view.layer for view in self._views],
+            "student_layers": self.student_layer_indices,
+            "num_experts": self.num_experts_,
+        }
 
     def needs_record(self, names: Collection[str]) -> bool:
         """Whether any of the components reads the teacher's experts."""
@@ -167,7 +180,7 @@ class Routing(nn.Module):
         self,
         names: Collection[str],
         student_states_BLD: list[Tensor],
-        record: Record,
+        record: Recording,
         batch: dict[str, Any],
         top_k_experts: int | None = None,
     ) -> RoutingOutput:
@@ -208,7 +221,7 @@ class Routing(nn.Module):
                 valid_N = torch.arange(len(positions_N), device=positions_N.device)
             mixture = ALIGNMENT in wanted or FEATURE in wanted
             projected_RD = self.projections[i](states_RD) if mixture and self.projections else None
-            routed = self._route(view, record[view.layer], rows_R, valid_N, projected_RD, k, mixture)
+            routed = self._route(view, record.layers[view.layer], rows_R, valid_N, projected_RD, k, mixture)
             gates_NE = routed.gates_NE.index_select(0, valid_N)
             stats.append(usage_stats(routed, gates_NE, valid_N))
             if FEATURE in wanted:
@@ -268,9 +281,7 @@ class Routing(nn.Module):
         if top_k_experts is None:
             return self.native_k
         if not 1 <= top_k_experts <= self.num_experts_:
-            raise UserError(
-                f"top_k_experts: {top_k_experts} is not within 1 to {self.num_experts_}, the teacher's experts; change it"
-            )
+            raise UserError(f"top_k_experts: {top_k_experts} is not within 1 to {self.num_experts_} experts; change it")
         if top_k_experts < self.native_k and not self._warned:
             self._warned = True
             warnings.warn(

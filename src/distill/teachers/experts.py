@@ -13,7 +13,6 @@ I FFN neurons.
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -196,7 +195,6 @@ class DenseView:
 
 
 View = MoeView | DenseView
-Record = dict[int, Capture]  # teacher layer -> what its hooks kept
 
 
 def gate_of_logits(logits_NE: Tensor, sigmoid: bool) -> Tensor:
@@ -243,13 +241,26 @@ def call_router(router: nn.Module, input_ND: Tensor, k: int) -> tuple[Tensor, Te
     return logits_NE, weights_NK, index_NK
 
 
-@contextmanager
-def recording(views: list[View], active: bool = True) -> Iterator[Record]:
-    """Hooks on the views' modules for the length of one teacher forward pass; none at all where not active."""
-    kept: Record = {view.layer: {} for view in views} if active else {}
-    handles = [handle for view in views if active for handle in view.hooks(kept[view.layer])]
-    try:
-        yield kept
-    finally:
-        for handle in handles:
+class Recording:
+    """What the views' layers did in the teacher's forward passes inside `with recording:`; nothing where not active.
+
+    Hooks exist only inside the block; a second pass inside it overwrites the first.
+
+    Args:
+        views: the layers to record.
+        active: whether to record at all.
+    """
+
+    def __init__(self, views: list[View], active: bool = True) -> None:
+        self.layers: dict[int, Capture] = {view.layer: {} for view in views} if active else {}
+        self._views = views if active else []
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> "Recording":
+        self._handles = [handle for view in self._views for handle in view.hooks(self.layers[view.layer])]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
             handle.remove()
+        self._handles = []
