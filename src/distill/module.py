@@ -130,8 +130,9 @@ class DistillationModule(L.LightningModule):
     def max_context(self) -> int | None:
         """The shorter of the two models' contexts, in tokens; None = unlimited."""
         sources = [self.teacher_source, self.student_sources["student"] or self.student_sources["student_config"]]
-        contexts = [models.max_context(source, **self.load_options) for source in sources if source is not None]
-        return min((length for length in contexts if length is not None), default=None)
+        remote = self.load_options["trust_remote_code"]
+        configs = [models.load_config(source, trust_remote_code=remote) for source in sources if source is not None]
+        return min((length for config in configs if (length := models.max_context(config)) is not None), default=None)
 
     def configure_model(self) -> None:
         """Loads both models, once; the student is built here so that a strategy can place it."""
@@ -154,15 +155,23 @@ class DistillationModule(L.LightningModule):
 
     def _student(self, teacher: PreTrainedModel) -> PreTrainedModel:
         source, layers, config = self.student_sources.values()
+        remote = self.load_options["trust_remote_code"]
         if layers is not None:
-            return models.cut_layers(teacher, layers)
+            return models.cut_layers(teacher, layers, key="model.student_layers")
+        tokenizer = models.load_tokenizer(self.teacher_source, trust_remote_code=remote, key="model.teacher")
         if config is not None:
-            student = models.student_from_config(config, **self.load_options)
+            student = models.student_from_config(
+                config, vocab_size=teacher.config.vocab_size, trust_remote_code=remote, key="model.student_config"
+            )
         else:
             student = models.load_model(source, dtype=torch.float32, key="model.student", **self.load_options)
-            models.check_vocabularies(
-                models.load_tokenizer(self.teacher_source, **self.load_options),
-                models.load_tokenizer(source, **self.load_options),
+            theirs = models.load_tokenizer(source, trust_remote_code=remote, key="model.student")
+            models.check_vocabularies(tokenizer, theirs)
+        rows = student.get_input_embeddings().weight.shape[0]
+        if rows < len(tokenizer):
+            raise UserError(
+                f"model.{'student_config' if config is not None else 'student'}: a vocabulary of {rows} ids is smaller "
+                f"than the teacher's {len(tokenizer)}: set vocab_size to that, or take the teacher's tokenizer's student"
             )
         return student
 

@@ -100,8 +100,7 @@ class DistillCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(Curriculum, "curriculum")
         for key, callback in CALLBACKS.items():
-            path = f"{callback.__module__}.{callback.__qualname__}"
-            parser.add_argument(f"--{key}", type=callback | None, default={"class_path": path})
+            parser.add_argument(f"--{key}", type=callback | None, default={})
         parser.add_argument(
             "--checkpoint",
             type=ModelCheckpoint | None,
@@ -165,6 +164,6 @@ def run(args: list[str] | None = None) -> DistillCLI:
 def quieten() -> None:
     """Silences what libraries print that a user of a default run can do nothing about."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", category=DeprecationWarning, module="jsonargparse.*")
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # LightningCLI's calls, not the user's
 
 

@@ -9,7 +9,7 @@ Writes: `nonfinite_batch.pt` in the run directory where a loss is not finite.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import lightning as L
 import torch
@@ -38,6 +38,7 @@ class Entry:
     copied: torch.cuda.Event | None = None
 
 
+@final
 class LossAudit(Callback):
     """Stops a run in which a loss bypasses its weight, validation weighs otherwise, or a loss is not finite.
 

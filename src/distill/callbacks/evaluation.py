@@ -3,6 +3,8 @@
 Reads: `trainer.callback_metrics` and the weights that the module's validation returned. Writes and logs nothing.
 """
 
+from typing import final
+
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
@@ -22,6 +24,7 @@ TABLE = (
 TEACHER = {"val/student_perplexity": "val/teacher_perplexity", "val/student_nll": "val/teacher_nll"}
 
 
+@final
 class Evaluation(Callback):
     """Prints each validation's loss with raw value, weight and scaled value of its components, and a closing table.
 

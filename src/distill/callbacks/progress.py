@@ -1,11 +1,12 @@
 """The progress bar: total loss, active components and the learning rate, which is never rounded to zero."""
 
-from typing import Any
+from typing import Any, final
 
 import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
 
 
+@final
 class ProgressBar(RichProgressBar):
     """Lightning's rich bar with `lr` as `.3e` and without the run's version number."""
 

@@ -5,7 +5,7 @@ price is one device-to-host copy on the steps that they print.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, final
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -63,6 +63,7 @@ class StepDump(Callback, ABC):
         """The block of one optimizer step, None where there is nothing to show."""
 
 
+@final
 class CurriculumDump(StepDump):
     """Prints the curriculum's weights; `lm` follows where that component is configured."""
 
@@ -76,6 +77,7 @@ class CurriculumDump(StepDump):
         )
 
 
+@final
 class KDLossDump(StepDump):
     """Prints raw value, weight and weighted value of `kd_loss`, nats per token."""
 
@@ -93,6 +95,7 @@ class KDLossDump(StepDump):
         )
 
 
+@final
 class RoutingLossesDump(StepDump):
     """Prints raw value, weight and scaled value of every configured routing loss."""
 

@@ -4,7 +4,7 @@ Reads: the bar's metrics, the breakdown and the total that `training_step` retur
 to `backward`. Writes nothing. The price is a few device-to-host copies on the batches that it prints.
 """
 
-from typing import Any
+from typing import Any, final
 
 import lightning as L
 import torch
@@ -22,6 +22,7 @@ def unscaled(trainer: L.Trainer, loss: Tensor) -> Tensor:
     return loss.detach() * trainer.accumulate_grad_batches / factor
 
 
+@final
 class TrainDebug(Callback):
     """Prints the parts of a micro-batch's loss on rank zero, with components of weight above zero only.
 
