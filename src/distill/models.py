@@ -9,6 +9,7 @@ import copy
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -25,6 +26,7 @@ from distill.sources import model_folder, quiet_transformers, resolve
 __all__ = [
     "check_vocabularies",
     "cut_layers",
+    "load_config",
     "load_model",
     "load_tokenizer",
     "max_context",
@@ -184,8 +186,8 @@ def _config_from_dict(options: dict[str, Any], vocab_size: int | None, key: str)
         options.setdefault("vocab_size", vocab_size)
     try:
         return AutoConfig.for_model(model_type, **options)
-    except (ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{key}: {options!r} is no {type(default).__name__} ({reason}); correct it") from error
 
 
@@ -292,6 +294,20 @@ def check_vocabularies(
             f"for the teacher, {student_token!r} for the student); choose a student with the teacher's tokenizer: "
             "distilling across tokenizers is not there yet"
         )
+
+
+def load_config(source: str | dict[str, Any], *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration of a model source, or of configuration keys with `model_type`.
+
+    Raises:
+        UserError: as `load_model` and `student_from_config` do.
+    """
+    if isinstance(source, dict):
+        return _config_from_dict(dict(source), None, "model.student_config")
+    try:
+        return AutoConfig.from_pretrained(model_folder(source, "model"), trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise _explain(error, source, "model") from error
 
 
 def max_context(config: PreTrainedConfig) -> int | None:

@@ -7,12 +7,13 @@ start, at the price of a copy in full precision on disk (0.5 GB for 135M paramet
 
 import hashlib
 import importlib.util
+import io
 import os
 import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 from distill.errors import UserError
@@ -134,7 +135,7 @@ def _write_folder(file: Path, out: Path, key: str) -> None:
 
     folder = str(file.parent)
     try:
-        with quiet_transformers():
+        with quiet_transformers(), redirect_stderr(io.StringIO()):  # the GGUF reader's bar knows no other switch
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
             model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
             # The weights are plain fp32 now; what says otherwise would make `save_pretrained` refuse.
