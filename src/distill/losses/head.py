@@ -1,0 +1,127 @@
+"""How a model turns its last hidden state into logits, read from the model so that no loss has to call its forward.
+
+A linear map is not the whole story: some families scale or soft-cap. What each family does is a row of a table here;
+the price is that a new family with a new trick must be added, which `check_lm_head` finds out with one tiny forward.
+
+Shapes: N tokens, D hidden width, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+
+from distill.errors import UserError
+
+# (model type starts with, config entry, multiplies the logits or divides them)
+_SCALES = (
+    ("granite", "logits_scaling", "divides"),
+    ("minicpm3", "logits_scaling", "divides"),
+    ("hyperclovax", "logits_scaling", "multiplies"),
+    ("cohere", "logit_scale", "multiplies"),
+    ("falcon_h1", "lm_head_multiplier", "multiplies"),
+    ("muse", "output_multiplier", "multiplies"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class LMHead:
+    """logits = softcap(scale * (hidden W^T + bias)).
+
+    Args:
+        weight: W, (V, D); the module's own parameter, so that gradients reach it. May be a DTensor.
+        bias: (V) or None.
+        scale: factor on the linear map.
+        softcap: c in c tanh(. / c), or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """V, padding included."""
+        return self.weight.shape[0]
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """Logits the plain way, (N, D) -> (N, V): for a few tokens only."""
+        logits_NV = linear(hidden_ND, self.weight, self.bias) * self.scale
+        return logits_NV if self.softcap is None else self.softcap * torch.tanh(logits_NV / self.softcap)
+
+    def whole(self) -> "LMHead":
+        """The same head with its shards gathered; gradients return to the shards as the mean over ranks."""
+        return LMHead(
+            _gathered(self.weight), None if self.bias is None else _gathered(self.bias), self.scale, self.softcap
+        )
+
+
+def lm_head_of(model: PreTrainedModel) -> LMHead:
+    """The output head of a causal LM as data.
+
+    Args:
+        model: any transformers causal LM with a linear output embedding.
+
+    Raises:
+        UserError: the model has no such head.
+    """
+    module = model.get_output_embeddings()
+    if module is None or not isinstance(getattr(module, "weight", None), Tensor):
+        raise UserError(f"model: {type(model).__name__} has no linear output head; name a causal language model")
+    config = model.config.get_text_config(decoder=True)
+    scale = 1.0
+    for prefix, entry, effect in _SCALES:
+        if config.model_type.startswith(prefix) and getattr(config, entry, None):
+            scale = float(getattr(config, entry)) ** (1 if effect == "multiplies" else -1)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return LMHead(module.weight, getattr(module, "bias", None), scale, None if softcap is None else float(softcap))
+
+
+def check_lm_head(model: PreTrainedModel, head: LMHead, tolerance: float = 2e-2) -> None:
+    """Compares the head with the model's own logits on four tokens, one forward.
+
+    Args:
+        model: the model that `head` was read from, in eval mode.
+        head: what `lm_head_of` returned.
+        tolerance: allowed difference relative to the largest logit; bf16 products differ by about 1e-2.
+
+    Raises:
+        UserError: the model does something to its logits that `LMHead` does not know.
+    """
+    ids_1T = torch.arange(4, device=model.device)[None] % head.vocab_size
+    with torch.no_grad():
+        theirs_NV = model(input_ids=ids_1T, use_cache=False).logits[0].float()
+        hidden_ND = model.get_decoder()(input_ids=ids_1T, use_cache=False).last_hidden_state[0]
+        ours_NV = head.logits(hidden_ND).float()
+    if theirs_NV.shape != ours_NV.shape or (theirs_NV - ours_NV).abs().max() > tolerance * theirs_NV.abs().max():
+        raise UserError(
+            f"model: {model.config.model_type} computes its logits in a way that distill does not know; "
+            "add its scale to the table in distill/losses/head.py"
+        )
+
+
+def _gathered(parameter: Tensor) -> Tensor:
+    """A plain tensor, all-gathered if sharded; its gradient is averaged over the mesh and handed back as shards."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    mesh = parameter.device_mesh
+    whole = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    # Gradients of ranks are summed on their way back; data parallelism means their mean.
+    return _ScaleGradient.apply(whole, 1 / mesh.size())
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """Identity whose gradient is multiplied by a constant."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, tensor: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor  # type: ignore[attr-defined]
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.factor, None  # type: ignore[attr-defined]

@@ -1,0 +1,270 @@
+"""The walk of the loss engine over chunks of tokens: matrix products, buffers and the order of the steps.
+
+Two reusable buffers hold one chunk of logits each; on a CPU the element-wise work goes through a chunk in blocks of a
+few rows that stay in its cache, elsewhere through whole chunks. The student's buffer ends up holding the gradient of
+its own logits. The price of a small chunk is a slower matrix product.
+
+Shapes: N tokens, C tokens of a chunk, R rows of a block, D hidden width, V vocabulary of a model, S shared vocabulary.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distill.losses.divergence import KDLoss
+from distill.losses.head import LMHead
+from distill.losses.rows import BUFFERS, Buffers, dense_rows, nll_rows, sampled_rows, statistics_rows, top_k_rows
+from distill.teachers.targets import DenseTargets, SampledTargets, Targets, TopKTargets
+
+_CHUNK_BYTES_CPU = 256 << 20  # of logit buffers; more buys nothing once a chunk has a few hundred tokens
+_CHUNK_BYTES_ELSEWHERE = 1 << 30
+_BLOCK_BYTES = 768 << 10  # of one buffer of a row block: all of them together stay in a CPU's cache
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What one walk computes.
+
+    Args:
+        kd: the divergence, or None for no KD loss.
+        temperature: KD temperature T.
+        kd_weight, lm_weight: factors in the gradient. None: that loss is not computed. 0: without gradient.
+        shared_vocab: ids that KD compares; the smaller vocabulary when None.
+        metrics: whether to find the weight-free statistics too.
+        needs: whether hidden states, head weight and head bias want a gradient.
+    """
+
+    kd: KDLoss | None
+    temperature: float
+    kd_weight: float | None
+    lm_weight: float | None
+    shared_vocab: int | None
+    metrics: bool
+    needs: tuple[bool, ...]
+
+    @property
+    def kd_factor(self) -> float:
+        """Weight of the KD gradient with respect to logits / T, as the gradient with respect to logits needs it."""
+        if self.kd is None or not self.kd_weight:
+            return 0.0
+        return self.kd_weight * self.kd.coefficient * self.kd.temperature_factor(self.temperature) / self.temperature
+
+
+def wide_dtype(hidden_ND: Tensor) -> torch.dtype:
+    """Of softmax, sums and accumulation."""
+    return torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
+
+
+def _compute_dtype(hidden_ND: Tensor) -> torch.dtype:
+    """Of matrix products: what autocast would use, else the tensor's own."""
+    device = hidden_ND.device.type
+    if torch.is_autocast_enabled(device) and hidden_ND.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return hidden_ND.dtype
+
+
+def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most `size`, as equal as can be."""
+    total = stop - start
+    count = -(-total // size)
+    for i in range(count):
+        yield slice(start + i * total // count, start + (i + 1) * total // count)
+
+
+def _mm_into(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """out = left @ right, widened on the fly where the device can."""
+    if left.dtype == out.dtype:
+        torch.mm(left, right, out=out)
+    elif left.is_cuda:
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(torch.mm(left, right))
+
+
+def _addmm_(total: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
+    """total += factor * left @ right, accumulated in the dtype of `total`."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right, alpha=factor)
+    elif left.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, alpha=factor, out=total)
+    else:
+        total.add_(torch.mm(left, right), alpha=factor)
+
+
+class _Side:
+    """One model's hidden states and head in its compute dtype, and its buffer for one chunk of logits."""
+
+    def __init__(self, hidden_ND: Tensor, head: LMHead) -> None:
+        self.hidden_ND = hidden_ND.detach()
+        self.compute = _compute_dtype(hidden_ND)
+        self.weight_VD = head.weight.detach().to(self.compute)
+        self.bias_V = None if head.bias is None else head.bias.detach()
+        self.head = head
+        # CUDA widens 16-bit products on the fly; elsewhere logits are rounded to the compute dtype.
+        self.logits_dtype = torch.float32 if hidden_ND.is_cuda and self.compute.itemsize < 4 else self.compute
+
+    def allocate(self, tokens: int) -> None:
+        self.logits_CV = self.hidden_ND.new_empty(tokens, self.head.vocab_size, dtype=self.logits_dtype)
+
+    def load(self, chunk: slice) -> Tensor:
+        """Fills the buffer with the linear map of a chunk; returns the chunk in the compute dtype, (C, D)."""
+        hidden_CD = self.hidden_ND[chunk].to(self.compute)
+        _mm_into(self.logits_CV[: len(hidden_CD)], hidden_CD, self.weight_VD.T)
+        return hidden_CD
+
+    def finished(self, block: slice, room: Tensor) -> Tensor:
+        """Logits of a block with the head's bias, scale and soft-cap: in place, or in `room` if that is wider."""
+        logits_RV = self.logits_CV[block]
+        if logits_RV.dtype != room.dtype:
+            logits_RV = room.copy_(logits_RV)
+        if self.bias_V is not None:
+            logits_RV.add_(self.bias_V)
+        if self.head.scale != 1:
+            logits_RV.mul_(self.head.scale)
+        if self.head.softcap is not None:
+            logits_RV.div_(self.head.softcap).tanh_().mul_(self.head.softcap)
+        return logits_RV
+
+
+def walk(
+    hidden_ND: Tensor, head: LMHead, labels_N: Tensor, targets: Targets | None, task: Task, chunk_size: int | None
+) -> tuple[dict[str, Tensor], list[Tensor | None]]:
+    """Values per token and gradients of their weighted sum, one pass over the tokens.
+
+    Args:
+        hidden_ND: last hidden states of the student.
+        head: the student's, gathered.
+        labels_N: next-token ids.
+        targets: of the teacher, or None.
+        task: what to compute.
+        chunk_size: tokens at a time; by a memory budget when None.
+
+    Returns:
+        Name -> (N) in nats, `kd` without its factors; gradients of hidden states, head weight and head bias in fp32
+        (fp64), None where not needed.
+    """
+    tokens, dtype = len(hidden_ND), wide_dtype(hidden_ND)
+    student = _Side(hidden_ND, head)
+    teacher = _Side(targets.hidden_ND, targets.head.whole()) if isinstance(targets, DenseTargets) else None
+    sides = [student, teacher] if teacher else [student]
+    chunk_size, block_size = _sizes([side.head.vocab_size for side in sides], hidden_ND, dtype, chunk_size)
+    for side in sides:
+        side.allocate(chunk_size)
+    buffers = Buffers(BUFFERS, block_size * max(side.head.vocab_size for side in sides), hidden_ND, dtype)
+    gradient_CV = student.logits_CV
+    if any(task.needs) and gradient_CV.dtype != student.compute:
+        gradient_CV = torch.empty_like(gradient_CV, dtype=student.compute)
+
+    values: dict[str, Tensor] = defaultdict(lambda: hidden_ND.new_empty(tokens, dtype=dtype))
+    hidden_grad, weight_grad, bias_grad = gradients = [
+        torch.zeros(x.shape, dtype=dtype, device=x.device) if x is not None and needed else None
+        for x, needed in zip((hidden_ND, head.weight, head.bias), task.needs, strict=True)
+    ]
+    unit = max(task.kd_factor, task.lm_weight or 0.0) * head.scale  # left out of the logits' gradient, see _combine
+    for chunk in _slices(0, tokens, chunk_size):
+        hidden_CD = student.load(chunk)
+        if teacher:
+            teacher.load(chunk)
+        for rows in _slices(chunk.start, chunk.stop, block_size):
+            block = slice(rows.start - chunk.start, rows.stop - chunk.start)
+            found = _block(student, teacher, targets, labels_N[rows], task, rows, block, buffers, gradient_CV[block])
+            for name, value_R in found.items():
+                values[name][rows] = value_R
+        d_CV = gradient_CV[: len(hidden_CD)]
+        if hidden_grad is not None:
+            _mm_into(hidden_grad[chunk], d_CV, student.weight_VD)
+        if weight_grad is not None:
+            _addmm_(weight_grad, d_CV.T, hidden_CD, unit)
+        if bias_grad is not None:
+            bias_grad.add_(d_CV.sum(0, dtype=dtype), alpha=unit)
+    if hidden_grad is not None:
+        hidden_grad.mul_(unit)
+    return values, gradients
+
+
+def _sizes(vocabs: list[int], like: Tensor, dtype: torch.dtype, chunk_size: int | None) -> tuple[int, int]:
+    """Tokens of a chunk and rows of a block."""
+    on_cpu = like.device.type == "cpu"
+    if chunk_size is None:
+        buffers = 0 if on_cpu else BUFFERS * max(vocabs)
+        chunk_size = (_CHUNK_BYTES_CPU if on_cpu else _CHUNK_BYTES_ELSEWHERE) // (
+            (sum(vocabs) + buffers) * dtype.itemsize
+        )
+    chunk_size = max(1, min(chunk_size, len(like)))
+    block_size = _BLOCK_BYTES // (max(vocabs) * dtype.itemsize) if on_cpu else chunk_size
+    return chunk_size, max(1, min(chunk_size, block_size))
+
+
+def _block(
+    student: _Side,
+    teacher: _Side | None,
+    targets: Targets | None,
+    labels_R: Tensor,
+    task: Task,
+    rows: slice,
+    block: slice,
+    buffers: Buffers,
+    gradient_RV: Tensor,
+) -> dict[str, Tensor]:
+    """Values per row by name for the rows `block` of the chunk; the logits' gradient is written to `gradient_RV`."""
+    height, vocab = block.stop - block.start, student.head.vocab_size
+    student_RV = student.finished(block, buffers.get(5, height, vocab))
+    teacher_RV = teacher.finished(block, buffers.get(6, height, teacher.head.vocab_size)) if teacher else None
+    shared = min(vocab, vocab if teacher is None else teacher.head.vocab_size)
+    if task.shared_vocab is not None:
+        assert task.shared_vocab <= shared, "shared ids exceed a vocabulary"
+        shared = task.shared_vocab
+
+    found: dict[str, Tensor] = {}
+    if task.metrics:
+        found |= statistics_rows(student_RV, teacher_RV, labels_R, shared, buffers)
+    kd_grad_RS = lm_grad_RV = None
+    if task.kd is not None:
+        student_RS, learns = student_RV[:, :shared], any(task.needs) and task.kd_factor > 0
+        if isinstance(targets, TopKTargets):
+            result = top_k_rows(task.kd, student_RS, targets.rows(rows), task.temperature, buffers, learns)
+        elif isinstance(targets, SampledTargets):
+            result = sampled_rows(student_RS, targets.rows(rows), task.temperature, buffers, learns)
+        else:
+            assert teacher_RV is not None
+            result = dense_rows(task.kd, student_RS, teacher_RV[:, :shared], task.temperature, buffers, learns)
+        found["kd"], kd_grad_RS = result
+    if task.lm_weight is not None:
+        learns = any(task.needs) and task.lm_weight > 0
+        found["lm"], lm_grad_RV = nll_rows(student_RV, labels_R, buffers.get(4, height, vocab), learns)
+    if any(task.needs):
+        _combine(gradient_RV, student_RV, kd_grad_RS, lm_grad_RV, task, student.head.softcap)
+    return found
+
+
+def _combine(
+    out_RV: Tensor,
+    student_RV: Tensor,
+    kd_grad_RS: Tensor | None,
+    lm_grad_RV: Tensor | None,
+    task: Task,
+    softcap: float | None,
+) -> None:
+    """Gradient of the head's linear map from those of the two losses; overwrites them and the logits.
+
+    The larger of the two factors is left to be applied after the products: so 16-bit gradients keep their range.
+    """
+    if softcap is not None:
+        slope_RV = student_RV.div_(softcap).square_().neg_().add_(1)
+    lm_weight = task.lm_weight or 0.0
+    unit = max(task.kd_factor, lm_weight)
+    if lm_grad_RV is not None:
+        total = lm_grad_RV.mul_(lm_weight / unit)
+        if kd_grad_RS is not None:
+            total[:, : kd_grad_RS.shape[1]].add_(kd_grad_RS, alpha=task.kd_factor / unit)
+    else:
+        assert kd_grad_RS is not None
+        total = kd_grad_RS
+    width = total.shape[1]
+    if softcap is not None:
+        total.mul_(slope_RV[:, :width])
+    out_RV[:, :width].copy_(total)
+    out_RV[:, width:].zero_()

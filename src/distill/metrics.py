@@ -1,0 +1,101 @@
+"""Weight-free validation metrics: sums from the loss engine, added up over batches and ranks, divided once.
+
+Float64 sums with a single division, so that neither batch sizes nor ranks bend the result; the price is that only what
+the engine sums can be a metric.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from distill.losses.engine import CALIBRATION_BINS, TokenStats
+
+_SUMS = (
+    "tokens", "student_nll", "student_entropy", "kl_div", "teacher_nll", "teacher_entropy", "agreement",
+    "tokens_with_teacher", "num_bytes",
+)  # fmt: skip
+
+
+class DistillationMetrics(Metric):
+    """Accumulates `TokenStats`; a scalar per name, float64.
+
+    Returns of `compute`, in nats per token unless stated:
+        kl_div_T1: forward KL to the teacher at T = 1 over the shared ids.
+        student_nll, teacher_nll: negative log-likelihood of the labels.
+        student_perplexity, teacher_perplexity: its exponential.
+        top1_agreement: share of tokens where both models prefer the same id.
+        ece: expected calibration error of the student over 15 equal-width bins.
+        bits_per_byte: the student's negative log-likelihood in bits per byte of text.
+        student_entropy, teacher_entropy: of the next-token distribution.
+
+        Those that need the teacher are absent when no batch had its whole distribution, bits_per_byte when no bytes
+        were counted, all of them when no token was.
+
+    Example:
+        >>> metrics = DistillationMetrics()
+        >>> metrics.compute()
+        {}
+    """
+
+    is_differentiable = False
+    full_state_update = False
+    tokens: Tensor
+    student_nll: Tensor
+    student_entropy: Tensor
+    kl_div: Tensor
+    teacher_nll: Tensor
+    teacher_entropy: Tensor
+    agreement: Tensor
+    tokens_with_teacher: Tensor
+    num_bytes: Tensor
+    calibration: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in _SUMS:
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("calibration", torch.zeros(CALIBRATION_BINS, 3, dtype=torch.float64), dist_reduce_fx="sum")
+        self.set_dtype(torch.float64)
+
+    def update(self, stats: TokenStats, num_bytes: int) -> None:
+        """Adds one batch.
+
+        Args:
+            stats: what the engine returned.
+            num_bytes: bytes of text that the batch's tokens stand for.
+        """
+        self.calibration += stats.calibration_B3
+        self.num_bytes += num_bytes
+        for name in ("tokens", "student_nll", "student_entropy"):
+            setattr(self, name, getattr(self, name) + getattr(stats, name))
+        if stats.kl_div is not None:
+            self.tokens_with_teacher += stats.tokens
+            for name in ("kl_div", "teacher_nll", "teacher_entropy", "agreement"):
+                setattr(self, name, getattr(self, name) + getattr(stats, name))
+
+    def compute(self) -> dict[str, Tensor]:
+        """The metrics by name; see the class."""
+        if self.tokens == 0:
+            return {}
+        student_nll = self.student_nll / self.tokens
+        _, confidence_B, correct_B = self.calibration.unbind(1)
+        result = {
+            "student_nll": student_nll,
+            "student_perplexity": student_nll.exp(),
+            "student_entropy": self.student_entropy / self.tokens,
+            "ece": (confidence_B - correct_B).abs().sum() / self.tokens,
+        }
+        if self.num_bytes > 0:
+            result["bits_per_byte"] = self.student_nll / (self.num_bytes * math.log(2))
+        if self.tokens_with_teacher > 0:
+            teacher_nll = self.teacher_nll / self.tokens_with_teacher
+            result |= {
+                "kl_div_T1": self.kl_div / self.tokens_with_teacher,
+                "top1_agreement": self.agreement / self.tokens_with_teacher,
+                "teacher_nll": teacher_nll,
+                "teacher_perplexity": teacher_nll.exp(),
+                "teacher_entropy": self.teacher_entropy / self.tokens_with_teacher,
+            }
+        return result
