@@ -27,6 +27,7 @@ __all__ = [
     "check_vocabularies",
     "cut_layers",
     "load_config",
+    "load_config",
     "load_model",
     "load_tokenizer",
     "max_context",
@@ -58,7 +59,7 @@ def load_model(
     folder = model_folder(source, key)
     try:
         with quiet_transformers():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
@@ -67,6 +68,7 @@ def load_model(
             )
     except Exception as error:  # told apart by what they say; whatever is not known is raised as it is
         raise _explain(error, source, key) from error
+    model, info = loaded
     if unset := sorted(info["missing_keys"]):
         raise UserError(
             f"{key}: {source!r} lacks {len(unset)} weights of {type(model).__name__} ({unset[0]}, ...); "
@@ -134,7 +136,7 @@ def student_from_config(
     vocab_size: int | None = None,
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
-    key: str = "model.student",
+    key: str = "model.student_config",
 ) -> PreTrainedModel:
     """A randomly initialised student in train mode.
 
@@ -148,13 +150,7 @@ def student_from_config(
     Raises:
         UserError: no or unknown `model_type`, unknown configuration key, values that do not fit together.
     """
-    if isinstance(config, str):
-        try:
-            built = AutoConfig.from_pretrained(model_folder(config, key), trust_remote_code=trust_remote_code)
-        except Exception as error:
-            raise _explain(error, config, key) from error
-    else:
-        built = _config_from_dict(dict(config), vocab_size, key)
+    built = load_config(config, vocab_size=vocab_size, trust_remote_code=trust_remote_code, key=key)
     built.use_cache = False
     try:
         model = AutoModelForCausalLM.from_config(built, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -163,6 +159,33 @@ def student_from_config(
             raise _explain(error, str(config), key) from error
         raise UserError(f"{key}: {config!r} cannot be built ({str(error).splitlines()[0]}); correct it") from error
     return model.train()
+
+
+def load_config(
+    source: str | dict[str, Any],
+    *,
+    vocab_size: int | None = None,
+    trust_remote_code: bool = False,
+    key: str = "model.teacher",
+) -> PreTrainedConfig:
+    """The configuration of a model source, or the one that a dict with `model_type` describes.
+
+    Args:
+        source: as for `load_model`, or configuration keys.
+        vocab_size: number of ids where a dict does not say.
+        trust_remote_code: run configuration code that comes with a source.
+        key: YAML key that error messages name.
+
+    Raises:
+        UserError: unknown source; no or unknown `model_type`, unknown configuration key, values of the wrong kind.
+    """
+    if isinstance(source, dict):
+        return _config_from_dict(dict(source), vocab_size, key)
+    try:
+        with quiet_transformers():
+            return AutoConfig.from_pretrained(model_folder(source, key), trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise _explain(error, source, key) from error
 
 
 def _config_from_dict(options: dict[str, Any], vocab_size: int | None, key: str) -> PreTrainedConfig:
@@ -191,7 +214,7 @@ def _config_from_dict(options: dict[str, Any], vocab_size: int | None, key: str)
         raise UserError(f"{key}: {options!r} is no {type(default).__name__} ({reason}); correct it") from error
 
 
-def cut_layers(teacher: PreTrainedModel, layers: int | list[int], key: str = "model.student") -> PreTrainedModel:
+def cut_layers(teacher: PreTrainedModel, layers: int | list[int], key: str = "model.student_layers") -> PreTrainedModel:
     """A student that starts as some of the teacher's layers, with its embeddings, final norm and head.
 
     Parameters are copies, trainable, in the teacher's dtype; tied ones stay tied. The configuration describes the
@@ -209,7 +232,7 @@ def cut_layers(teacher: PreTrainedModel, layers: int | list[int], key: str = "mo
         UserError: layers that the teacher does not have, or a family whose configuration cannot describe the cut.
     """
     stack = _layer_stack(teacher, key)
-    kept = _kept_layers(layers, len(stack), f"{key}.layers")
+    kept = _kept_layers(layers, len(stack), key)
     memo: dict[int, Any] = {}
     cut = nn.ModuleList(copy.deepcopy(stack[index], memo) for index in kept)
     memo[id(stack)] = cut  # whatever refers to the teacher's stack refers to the cut one in the copy
@@ -217,7 +240,7 @@ def cut_layers(teacher: PreTrainedModel, layers: int | list[int], key: str = "mo
     for new_index, layer in enumerate(cut):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = new_index
+                module.layer_idx = new_index  # type: ignore[assignment]
     _cut_config(student.config.get_text_config(decoder=True), len(stack), kept)
     student.config.use_cache = False
     _check_describes(student, kept, key)

@@ -254,10 +254,9 @@ class DistillationDataModule(L.LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Training rows in the order of (seed, epoch), resumable within an epoch."""
         assert self.train_rows is not None
-        if self.trainer is not None and self.trainer.overfit_batches:
+        if overfit := getattr(self.trainer, "overfit_batches", 0):
             raise UserError(
-                f"trainer.overfit_batches: {self.trainer.overfit_batches} would reorder the rows; "
-                "set data.max_sequences instead"
+                f"trainer.overfit_batches: {overfit} would reorder the rows; set data.max_sequences instead"
             )
         self._check_context()
         ranks = self._ranks()
@@ -275,7 +274,7 @@ class DistillationDataModule(L.LightningDataModule):
         """Every validation row once."""
         assert self.validation_rows is not None
         self._check_context()
-        sampler = EveryRowOnce(self.validation_rows.units_R, self.per_device_batch_size, **self._ranks())
+        sampler: Any = EveryRowOnce(self.validation_rows.units_R, self.per_device_batch_size, **self._ranks())
         # A generator of its own keeps validation from drawing from the global one, which training depends on.
         generator = torch.Generator().manual_seed(self.seed)
         return DataLoader(self.validation_rows, batch_sampler=sampler, generator=generator, **self._options())

@@ -60,10 +60,10 @@ def byte_counts(text: str, ends_T: np.ndarray) -> np.ndarray:
 
 def tokenize(tokenizer: Any, texts: Sequence[str | None]) -> list[tuple[np.ndarray, np.ndarray]]:
     """Ids [T] and bytes [T] of each document, with what the tokenizer puts around a text and its end-of-sequence id."""
-    texts = [text or "" for text in texts]
-    encoded = tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
+    filled = [text or "" for text in texts]
+    encoded = tokenizer(filled, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
     documents = []
-    for text, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+    for text, ids, offsets in zip(filled, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         ids_T = np.asarray(ids, dtype=np.int32)
         bytes_T = np.zeros(len(ids), dtype=np.int64)
         if len(ids):

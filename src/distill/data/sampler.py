@@ -130,7 +130,8 @@ class ResumableLoader(DataLoader):
     ) -> None:
         # A generator of its own: the default draws from the global one, and a resumed run would draw once more.
         generator = torch.Generator().manual_seed(sampler.seed)
-        super().__init__(dataset, batch_sampler=sampler, generator=generator, **options)
+        # torch types a request as a list of indices, but hands whatever it is to `__getitems__`.
+        super().__init__(dataset, batch_sampler=sampler, generator=generator, **options)  # type: ignore[arg-type]
         self.steps, self.trainer, self.layout = sampler, trainer, layout
         self._start = 0
 
@@ -149,8 +150,11 @@ class ResumableLoader(DataLoader):
     def state_dict(self) -> dict[str, Any]:
         """Place within the epoch, and what it refers to."""
         assert self.trainer is not None
-        processed = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
-        return {"processed": processed % max(1, int(self.trainer.num_training_batches)), "layout": self._layout()}
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return {
+            "processed": progress.processed % max(1, int(self.trainer.num_training_batches)),
+            "layout": self._layout(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at the stored place.
@@ -163,7 +167,7 @@ class ResumableLoader(DataLoader):
             for name, value in state["layout"].items():
                 if now.get(name) != value:
                     raise UserError(
-                        f"{name}: {now.get(name)!r}, but the checkpoint stands within an epoch with {value!r}; resume with "
-                        "the same value, or from a checkpoint at the end of an epoch"
+                        f"{name}: {now.get(name)!r}, but the checkpoint stands within an epoch with {value!r}; "
+                        "resume with the same value, or from a checkpoint at the end of an epoch"
                     )
         self._start = state["processed"]

@@ -131,9 +131,8 @@ def _text_of(table: Dataset, column: str, source: str) -> Dataset:
     """The table with its text column alone, called `text`."""
     if column not in table.column_names:
         names = table.column_names
-        raise UserError(
-            f"data.text_column: {column!r} is no column of {source!r} ({', '.join(names)}); {did_you_mean(column, names)}"
-        )
+        remedy = did_you_mean(column, names)
+        raise UserError(f"data.text_column: {column!r} is no column of {source!r} ({', '.join(names)}); {remedy}")
     kind = getattr(table.features[column], "dtype", None)
     if kind not in ("string", "large_string"):
         raise UserError(
