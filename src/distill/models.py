@@ -1,16 +1,14 @@
-"""Models as transformers builds them; a student is cut from its teacher rather than configured a second time.
+"""Models, configurations and tokenizers as transformers loads and builds them, with errors for people.
 
 Every failure of loading becomes one sentence with a remedy. The price is that transformers' errors are told apart by
 their type and a few words of their text. Weights come as safetensors unless pickles are asked for, and a checkpoint
 that leaves parameters unset is refused instead of filled with random numbers.
 """
 
-import copy
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,13 +18,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from distill.cut import cut_layers
 from distill.errors import UserError, did_you_mean
 from distill.sources import model_folder, quiet_transformers, resolve
 
 __all__ = [
     "check_vocabularies",
     "cut_layers",
-    "load_config",
     "load_config",
     "load_model",
     "load_tokenizer",
@@ -214,82 +212,6 @@ def _config_from_dict(options: dict[str, Any], vocab_size: int | None, key: str)
         raise UserError(f"{key}: {options!r} is no {type(default).__name__} ({reason}); correct it") from error
 
 
-def cut_layers(teacher: PreTrainedModel, layers: int | list[int], key: str = "model.student_layers") -> PreTrainedModel:
-    """A student that starts as some of the teacher's layers, with its embeddings, final norm and head.
-
-    Parameters are copies, trainable, in the teacher's dtype; tied ones stay tied. The configuration describes the
-    student, so that it saves and loads like any model.
-
-    Args:
-        teacher: left untouched.
-        layers: how many, spread evenly with first and last included, or which (ascending).
-        key: YAML key that error messages name.
-
-    Returns:
-        The student in train mode, with the use of a cache switched off.
-
-    Raises:
-        UserError: layers that the teacher does not have, or a family whose configuration cannot describe the cut.
-    """
-    stack = _layer_stack(teacher, key)
-    kept = _kept_layers(layers, len(stack), key)
-    memo: dict[int, Any] = {}
-    cut = nn.ModuleList(copy.deepcopy(stack[index], memo) for index in kept)
-    memo[id(stack)] = cut  # whatever refers to the teacher's stack refers to the cut one in the copy
-    student = copy.deepcopy(teacher, memo)
-    for new_index, layer in enumerate(cut):
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = new_index  # type: ignore[assignment]
-    _cut_config(student.config.get_text_config(decoder=True), len(stack), kept)
-    student.config.use_cache = False
-    _check_describes(student, kept, key)
-    return student.requires_grad_(True).train()
-
-
-def _layer_stack(model: PreTrainedModel, key: str) -> nn.ModuleList:
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
-    stacks = [child for child in model.get_decoder().children() if isinstance(child, nn.ModuleList)]
-    stacks = [stack for stack in stacks if len(stack) == count]
-    if len(stacks) != 1:
-        raise UserError(f"{key}: cannot find the layers of {type(model).__name__}; give a student by its config")
-    return stacks[0]
-
-
-def _kept_layers(layers: int | list[int], count: int, key: str) -> list[int]:
-    if isinstance(layers, int):
-        if not 1 <= layers <= count:
-            raise UserError(f"{key}: {layers} of the teacher's {count} layers; give 1 to {count}")
-        return torch.linspace(0, count - 1, layers, dtype=torch.float64).round().long().tolist()
-    if not layers or sorted(set(layers)) != layers or not 0 <= layers[0] <= layers[-1] < count:
-        raise UserError(f"{key}: {layers}; give ascending layer indices between 0 and {count - 1}")
-    return layers
-
-
-def _cut_config(config: PreTrainedConfig, count: int, kept: list[int]) -> None:
-    """Make a configuration of `count` layers describe the kept ones, in place."""
-    for name, value in list(vars(config).items()):
-        if name == "mlp_only_layers" and value:  # layer indices rather than one entry per layer
-            setattr(config, name, [new for new, old in enumerate(kept) if old in value])
-        elif name == "first_k_dense_replace":
-            setattr(config, name, sum(old < value for old in kept))
-        elif isinstance(value, (list, tuple)) and len(value) == count and "token_id" not in name:
-            setattr(config, name, [value[old] for old in kept])
-    config.num_hidden_layers = len(kept)
-
-
-def _check_describes(student: PreTrainedModel, kept: list[int], key: str) -> None:
-    """Building from the student's configuration must give the same parameters, or the student could not be reloaded."""
-    with torch.device("meta"):
-        rebuilt = type(student)(copy.deepcopy(student.config))
-    shapes = [{name: value.shape for name, value in m.state_dict().items()} for m in (student, rebuilt)]
-    if shapes[0] != shapes[1]:
-        raise UserError(
-            f"{key}: layers {kept} alternate between kinds in a way that {type(student.config).__name__} cannot "
-            "describe; keep the teacher's rhythm of layers"
-        )
-
-
 def check_vocabularies(
     teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, key: str = "model.student"
 ) -> None:
@@ -317,23 +239,3 @@ def check_vocabularies(
             f"for the teacher, {student_token!r} for the student); choose a student with the teacher's tokenizer: "
             "distilling across tokenizers is not there yet"
         )
-
-
-def load_config(source: str | dict[str, Any], *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The configuration of a model source, or of configuration keys with `model_type`.
-
-    Raises:
-        UserError: as `load_model` and `student_from_config` do.
-    """
-    if isinstance(source, dict):
-        return _config_from_dict(dict(source), None, "model.student_config")
-    try:
-        return AutoConfig.from_pretrained(model_folder(source, "model"), trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise _explain(error, source, "model") from error
-
-
-def max_context(config: PreTrainedConfig) -> int | None:
-    """Longest sequence in tokens that a model was built for, or None where its positions know no bound."""
-    length = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 0 else None
