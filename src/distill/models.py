@@ -64,8 +64,9 @@ def load_model(
                 use_safetensors=None if allow_pickle else True,
                 output_loading_info=True,
             )
-    except Exception as error:  # told apart by what they say; whatever is not known is raised as it is
-        raise _explain(error, source, key) from error
+    except Exception as error:
+        _explain(error, source, key)
+        raise
     model, info = loaded
     if unset := sorted(info["missing_keys"]):
         raise UserError(
@@ -91,41 +92,34 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False, key: str = "
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise _explain(error, source, key, what="tokenizer") from error
+        _explain(error, source, key, tokenizer=True)
+        raise
 
 
-def _explain(error: Exception, source: str, key: str, what: str = "model") -> Exception:
-    """A UserError for the failures of `from_pretrained` that a user can put right, else the error itself."""
-    text, told = str(error), f"{key}: {source!r}"
-    if isinstance(error, UserError):
-        return error
+def _explain(error: Exception, source: str, key: str, tokenizer: bool = False) -> None:
+    """Raises a UserError in place of what `from_pretrained` raised, where a user can put it right; else returns."""
+    text = str(error)
     if "custom code" in text or "trust_remote_code" in text:
-        return UserError(f"{told} brings its own code, which is refused; read it and set trust_remote_code: true")
-    if "gated repo" in text or "401" in text:
-        return UserError(f"{told} is gated or private on the hub; run `hf auth login` with an account that may read it")
-    if "no file named model.safetensors" in text or "cannot be loaded with `safetensors`" in text:
-        return UserError(
-            f"{told} has no safetensors weights and pickled ones are refused; set allow_pickle: true if you trust it"
-        )
-    if type(error).__name__ == "SafetensorError":
-        return UserError(f"{told} has truncated or damaged weights ({text}); copy or download them again")
-    if "size mismatch" in text or "ignore_mismatched_sizes" in text:
-        return UserError(f"{told}: weights and config.json disagree about shapes; give files of one model")
-    if "Unrecognized configuration class" in text:
-        return UserError(f"{told} is not a causal language model; give one that AutoModelForCausalLM loads")
-    if "does not recognize this architecture" in text or "Unrecognized model" in text:
-        return UserError(
-            f"{told} is of a kind that this transformers does not know, or has no config.json; "
-            "upgrade transformers or give another folder"
-        )
-    if what == "tokenizer" and isinstance(error, (ValueError, OSError)) and "connect" not in text:
-        return UserError(f"{told} has no usable tokenizer files; give a source that has tokenizer.json")
-    if isinstance(error, OSError):
-        return UserError(
-            f"{told} is not on the hub, or the hub cannot be reached; check the spelling and the network, "
-            "or give a local folder"
-        )
-    return error
+        reason = "brings its own code, which is refused; read it and set trust_remote_code: true"
+    elif "gated repo" in text or "401 Client Error" in text:
+        reason = "is gated or private on the hub; run `hf auth login` with an account that may read it"
+    elif "no file named model.safetensors" in text or "cannot be loaded with `safetensors`" in text:
+        reason = "has no safetensors weights and pickled ones are refused; set allow_pickle: true if you trust it"
+    elif type(error).__name__ == "SafetensorError":
+        reason = f"has truncated or damaged weights ({text}); copy or download them again"
+    elif "size mismatch" in text or "ignore_mismatched_sizes" in text:
+        reason = "has weights and a config.json that disagree about shapes; give files of one model"
+    elif "Unrecognized configuration class" in text:
+        reason = "is not a causal language model; give one that AutoModelForCausalLM loads"
+    elif "does not recognize this architecture" in text or "Unrecognized model" in text:
+        reason = "has no config.json, or is of a kind that this transformers does not know; give another or upgrade"
+    elif tokenizer and isinstance(error, (ValueError, OSError)) and "connect" not in text:
+        reason = "has no usable tokenizer files; give a source that has tokenizer.json"
+    elif isinstance(error, OSError):
+        reason = "is not on the hub, or the hub is out of reach; check spelling and network, or give a local folder"
+    else:
+        return
+    raise UserError(f"{key}: {source!r} {reason}") from error
 
 
 def student_from_config(
@@ -153,8 +147,7 @@ def student_from_config(
     try:
         model = AutoModelForCausalLM.from_config(built, dtype=dtype, trust_remote_code=trust_remote_code)
     except (ValueError, AssertionError, RuntimeError) as error:
-        if "custom code" in str(error) or "configuration class" in str(error):
-            raise _explain(error, str(config), key) from error
+        _explain(error, str(config), key)
         raise UserError(f"{key}: {config!r} cannot be built ({str(error).splitlines()[0]}); correct it") from error
     return model.train()
 
@@ -179,11 +172,13 @@ def load_config(
     """
     if isinstance(source, dict):
         return _config_from_dict(dict(source), vocab_size, key)
+    folder = model_folder(source, key)
     try:
         with quiet_transformers():
-            return AutoConfig.from_pretrained(model_folder(source, key), trust_remote_code=trust_remote_code)
+            return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise _explain(error, source, key) from error
+        _explain(error, source, key)
+        raise
 
 
 def _config_from_dict(options: dict[str, Any], vocab_size: int | None, key: str) -> PreTrainedConfig:
@@ -239,3 +234,9 @@ def check_vocabularies(
             f"for the teacher, {student_token!r} for the student); choose a student with the teacher's tokenizer: "
             "distilling across tokenizers is not there yet"
         )
+
+
+def max_context(config: PreTrainedConfig) -> int | None:
+    """Longest sequence in tokens that a model was built for, or None where its positions know no bound."""
+    length = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
