@@ -61,7 +61,7 @@ def tiny_gpt2(**options: Any) -> PreTrainedModel:
 
 def tiny_qwen3_moe(**options: Any) -> PreTrainedModel:
     """4 experts, top-2 with renormalised weights."""
-    moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "norm_topk_prob": True}
+    moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
     return build("Qwen3MoeForCausalLM", "Qwen3MoeConfig", BASE | moe | {"head_dim": 4} | options)
 
 
@@ -88,7 +88,7 @@ def tiny_deepseek_v3(**options: Any) -> PreTrainedModel:
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
         "n_shared_experts": 1,
-        "moe_intermediate_size": 12,
+        "moe_intermediate_size": 16,
         "first_k_dense_replace": 1,
         "n_group": 2,
         "topk_group": 2,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-Capture = dict[str, Tensor]  # what the hooks of one layer kept, detached by the caller's no_grad
+Capture = dict[str, Tensor]  # what the hooks of one layer kept, detached
 CHUNK_BYTES = 32 * 2**20  # of one block of expert outputs [E, n, D]
 
 
@@ -45,6 +45,11 @@ class Routed:
 def full_precision(x: Tensor) -> Tensor:
     """fp32, or what is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def flat(x: Tensor) -> Tensor:
+    """Detached, one row per token."""
+    return x.detach().flatten(0, -2)
 
 
 def chunks(num_rows: int, row_bytes: int) -> Iterator[slice]:
@@ -76,12 +81,12 @@ class MoeView:
         """Handles of the hooks that fill `capture` during the teacher's forward pass."""
 
         def after_router(module: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-            capture["router_input_TD"] = args[0].reshape(-1, args[0].shape[-1])
-            capture["logits_TE"], capture["weights_TK"], capture["index_TK"] = output[:3]
+            capture["router_input_TD"] = flat(args[0])
+            for name, value in zip(("logits_TE", "weights_TK", "index_TK"), output[:3], strict=True):
+                capture[name] = flat(value)
 
         def after_experts(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            capture["input_TD"] = args[0]
-            capture["mixture_TD"] = output.reshape(-1, output.shape[-1])
+            capture["input_TD"], capture["mixture_TD"] = flat(args[0]), flat(output)
 
         return [
             self.router.register_forward_hook(after_router),
@@ -92,6 +97,7 @@ class MoeView:
         """The teacher's gate over all experts [N, E], without any selection bias."""
         return gate_of_logits(capture["logits_TE"].index_select(0, rows_N), self.sigmoid)
 
+    @torch.no_grad()
     def route(self, capture: Capture, rows_N: Tensor, k: int, mixture: bool) -> Routed:
         """The teacher's own routing with k experts per token.
 
@@ -111,6 +117,7 @@ class MoeView:
             mixture_ND[part] = experts(input_ND[part], index_NK[part], weights_NK[part])
         return Routed(gates_NE, index_NK, mixture_ND)
 
+    @torch.no_grad()
     def outputs(self, capture: Capture, rows_N: Tensor) -> Tensor:
         """Output of every expert [E, N, D], by the family's own code on E copies of the rows, one expert each."""
         input_ND = capture["input_TD"].index_select(0, rows_N)
@@ -150,7 +157,7 @@ class DenseView:
         """Handles of the hooks that fill `capture` during the teacher's forward pass."""
 
         def before_down(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            capture["neurons_TI"] = args[0].reshape(-1, args[0].shape[-1])
+            capture["neurons_TI"] = flat(args[0])
 
         return [self.down.register_forward_pre_hook(before_down)]
 
@@ -158,6 +165,7 @@ class DenseView:
         """Share [N, E] of each slice in the summed squared output norms."""
         return self.route(capture, rows_N, self.native_k, mixture=False).gates_NE
 
+    @torch.no_grad()
     def route(self, capture: Capture, rows_N: Tensor, k: int, mixture: bool) -> Routed:
         """The k slices with the largest gates and the plain sum of their outputs."""
         parts = [
@@ -177,6 +185,7 @@ class DenseView:
         index_NK = gates_NE.topk(k).indices
         return Routed(gates_NE, index_NK, mix(outputs_END, index_NK) if mixture else None)
 
+    @torch.no_grad()
     def outputs(self, capture: Capture, rows_N: Tensor) -> Tensor:
         """Output of every slice [E, N, D]."""
         neurons_NI = capture["neurons_TI"].index_select(0, rows_N)
