@@ -23,6 +23,7 @@ from distill.errors import UserError, did_you_mean
 from distill.sources import model_folder, quiet_transformers, resolve
 
 __all__ = [
+    "check_packing",
     "check_vocabularies",
     "cut_layers",
     "load_config",
@@ -233,6 +234,34 @@ def check_vocabularies(
             f"{key}: its tokenizer differs from the teacher's in {len(differing)} ids (id {index} is {teacher_token!r} "
             f"for the teacher, {student_token!r} for the student); choose a student with the teacher's tokenizer: "
             "distilling across tokenizers is not there yet"
+        )
+
+
+@torch.no_grad()
+def check_packing(model: PreTrainedModel, key: str = "model.teacher") -> None:
+    """Refuse a model in which the documents of a packed row see each other.
+
+    Many families take the borders of documents from `position_ids`, but others ignore them without a word (gpt_oss, OPT,
+    ALiBi models, state-space models), so a short packed row is compared with the same document alone.
+
+    Args:
+        model: on any device, in any mode, not sharded.
+        key: YAML key that error messages name.
+
+    Raises:
+        UserError: what comes before a document changes the model's states for it.
+    """
+    embeddings = model.get_input_embeddings().weight
+    first_T, second_T = torch.arange(8, device=embeddings.device).remainder(len(embeddings)).split(4)
+    ids_BL = torch.stack([torch.cat([first_T, second_T]), torch.cat([second_T, first_T])])
+    positions_BL = torch.arange(4, device=ids_BL.device).repeat(2, 2)
+    training = model.training
+    states_BLD = model.eval().get_decoder()(ids_BL, position_ids=positions_BL, use_cache=False)[0].float()
+    model.train(training)
+    behind_TD, alone_TD = states_BLD[0, 4:], states_BLD[1, :4]
+    if (behind_TD - alone_TD).norm() > 0.1 * alone_TD.norm():
+        raise UserError(
+            f"{key}: in packed rows {type(model).__name__} lets documents see each other; set data.packing to false"
         )
 
 
