@@ -12,7 +12,7 @@ Shapes: B rows, L positions, T = B * L, N valid tokens, D width, E experts, K ex
 import math
 import warnings
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -262,7 +262,9 @@ class Routing(nn.Module):
         if self.tau == math.inf or projected_RD is None:
             return view.route(capture, rows_R, k, mixture)
         if self.token_subset is None:
-            return student_aware_route(view, capture, rows_R, projected_RD, k, self.tau)
+            routed = student_aware_route(view, capture, rows_R, projected_RD, k, self.tau)
+            assert routed.gap_NK is not None
+            return replace(routed, gap_NK=routed.gap_NK.index_select(0, valid_N))
         some_S = valid_N[:: max(1, math.ceil(len(valid_N) / self.token_subset))]
         own = view.route(capture, rows_R, k, mixture)
         aware = student_aware_route(
@@ -293,15 +295,15 @@ class Routing(nn.Module):
 
 
 def spread(count: int, among: list[int]) -> list[int]:
-    """`count` of the layers at even depth fractions: 1 of 30 is the middle one, 2 are at one and two thirds.
+    """`count` of the layers at even depth fractions, the middles of equal parts.
 
     Example:
-        >>> spread(2, list(range(30)))
-        [9, 19]
+        >>> spread(1, list(range(30))), spread(3, list(range(30)))
+        ([15], [5, 15, 25])
     """
     if count > len(among):
         raise UserError(f"teacher_layers: {count} are more than the teacher's {len(among)} layers; lower it")
-    return [among[max(0, round_half_up((i + 1) * len(among) / (count + 1)) - 1)] for i in range(count)]
+    return [among[(2 * i + 1) * len(among) // (2 * count)] for i in range(count)]
 
 
 def round_half_up(x: float) -> int:

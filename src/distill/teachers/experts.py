@@ -33,7 +33,7 @@ class Routed:
         gates_NE: the teacher's gate over all experts, rows sum to 1.
         index_NK: chosen experts.
         mixture_ND: their gate-weighted sum; None where it was not asked for.
-        gap_NK: error of the student on each chosen expert; None unless the student was looked at.
+        gap_NK: error of the student on each chosen expert, of the valid tokens that were looked at; None where none was.
     """
 
     gates_NE: Tensor
@@ -189,7 +189,7 @@ class DenseView:
     def outputs(self, capture: Capture, rows_N: Tensor) -> Tensor:
         """Output of every slice [E, N, D]."""
         neurons_NI = capture["neurons_TI"].index_select(0, rows_N)
-        neurons_ENi = neurons_NI.view(len(rows_N), self.num_experts, -1).transpose(0, 1)
+        neurons_ENi = neurons_NI.unflatten(1, (self.num_experts, -1)).transpose(0, 1)
         down = unsharded(self.down)
         weight_ID = down.weight if isinstance(down, Conv1D) else down.weight.T
         weight_EiD = weight_ID.unflatten(0, (self.num_experts, -1))

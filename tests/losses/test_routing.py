@@ -1,0 +1,552 @@
+"""Routing losses against hand-computed cases, plain float64 loops and the invariants of the contract."""
+
+import copy
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from scipy.special import rel_entr
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import LlamaConfig
+
+import tiny
+from distill.errors import UserError
+from distill.losses import routing_terms
+from distill.losses.relation_kl import relation_heads
+from distill.losses.routing import UNIT, Routing, spread
+from distill.losses.routing_terms import normalise
+from distill.teachers.experts import Recording
+from distill.teachers.find_experts import decoder_layers, moe_block
+
+FEATURE, IMPORTANCE, BALANCE, ALIGNMENT = UNIT
+FAMILIES = [getattr(tiny, name) for name in dir(tiny) if name.startswith("tiny_")]
+STUDENT = LlamaConfig(hidden_size=24, num_hidden_layers=3, num_attention_heads=2, vocab_size=tiny.VOCAB)
+
+
+def number(x):
+    return x.detach().item()
+
+
+def make_batch(documents, length):
+    """Rows of packed documents, given as lists of lengths, with every row's rest padded as its own document."""
+    generator = torch.Generator().manual_seed(sum(map(sum, documents)))
+    ids = torch.randint(3, tiny.VOCAB, (len(documents), length), generator=generator)
+    positions, mask, labels = torch.zeros_like(ids), torch.zeros_like(ids), torch.full_like(ids, -100)
+    for row, lengths in enumerate(documents):
+        start = 0
+        for document in lengths:
+            positions[row, start : start + document] = torch.arange(document)
+            mask[row, start : start + document] = 1
+            labels[row, start + 1 : start + document] = ids[row, start + 1 : start + document]
+            start += document
+        positions[row, start:] = torch.arange(length - start)
+    return with_positions({"input_ids": ids, "labels": labels, "attention_mask": mask, "position_ids": positions})
+
+
+def with_positions(batch):
+    valid = torch.zeros_like(batch["labels"], dtype=torch.bool)
+    valid[:, :-1] = batch["labels"][:, 1:] != -100
+    return batch | {"positions": valid.flatten().nonzero().flatten(), "packed": False}
+
+
+def built(teacher, seed=0, **options):
+    routing = Routing(**options)
+    torch.manual_seed(seed)
+    routing.build(teacher, STUDENT)
+    return routing
+
+
+def recorded(routing, teacher, batch):
+    recording = routing.record()
+    with torch.no_grad(), recording:
+        teacher(batch["input_ids"], attention_mask=batch["attention_mask"])
+    return recording
+
+
+def student_states(routing, batch, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (*batch["input_ids"].shape, 24)
+    return [
+        torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for _ in routing.student_layer_indices
+    ]
+
+
+def dense(make):
+    return {"num_experts": 4} if make.__name__ in ("tiny_llama", "tiny_qwen2", "tiny_gemma", "tiny_gpt2") else {}
+
+
+# The terms
+
+
+def test_feature_matching_is_one_for_predicting_nothing_at_any_scale():
+    mixture = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    for scale in (1e-4, 1.0, 1e4):
+        nothing = routing_terms.feature_matching(torch.zeros(5, 16), mixture * scale)
+        assert number(nothing) == pytest.approx(5.0, rel=1e-5)
+        assert number(routing_terms.feature_matching(normalise(mixture), mixture * scale)) < 1e-9
+    # [3, 1] normalises to [1, -1]: ((0.5 - 1)^2 + (0 + 1)^2) / 2
+    value = routing_terms.feature_matching(torch.tensor([[0.5, 0.0]]), torch.tensor([[3.0, 1.0]]))
+    assert number(value) == pytest.approx(0.625)
+
+
+def test_importance_is_zero_for_a_perfect_probe_and_the_constant_line_for_the_mean_gate():
+    gates = torch.softmax(torch.randn(50, 6, generator=torch.Generator().manual_seed(0)).double(), -1)
+    assert number(routing_terms.expert_importance(gates.log() + 3.0, gates)) == pytest.approx(0.0, abs=1e-12)
+    constant = gates.mean(0).log().expand(50, 6)
+    expected = rel_entr(gates.numpy(), gates.mean(0).numpy()).sum(-1)
+    assert number(routing_terms.expert_importance(constant, gates)) == pytest.approx(expected.sum(), rel=1e-12)
+    assert number(routing_terms.constant_gate_kl(gates)) == pytest.approx(expected.mean(), rel=1e-12)
+    one_hot = torch.eye(6)[:4]
+    assert number(routing_terms.expert_importance(torch.zeros(4, 6), one_hot)) == pytest.approx(4 * math.log(6))
+
+
+def test_balance_is_zero_when_balanced_and_e_minus_one_when_collapsed_in_each_layer():
+    balanced = 50.0 * torch.eye(4).repeat(3, 1)
+    assert number(routing_terms.load_balance(balanced, 1, 1)) == pytest.approx(0.0, abs=1e-6)
+    # Each layer has collapsed on another expert: pooled over layers this would look balanced.
+    collapsed = 50.0 * torch.eye(4).repeat_interleave(5, 0)
+    assert number(routing_terms.load_balance(collapsed, 1, 4)) == pytest.approx(3.0, rel=1e-6)
+    logits = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    assert number(routing_terms.load_balance(logits, 4, 2)) == pytest.approx(0.0, abs=1e-6)
+    by_hand = 0.0
+    for layer in logits.double().split(10):
+        probs = layer.softmax(-1)
+        for e in range(4):
+            chosen = sum(e in sorted(range(4), key=lambda i: -number(row[i]))[:2] for row in layer)
+            by_hand += 4 / 2 * (chosen / 10) * number(probs[:, e].mean()) / 2
+    assert number(routing_terms.load_balance(logits, 2, 2)) == pytest.approx(by_hand - 1, abs=1e-6)
+
+
+def test_what_the_student_lacks_gains_weight_by_the_stated_amount():
+    gates = torch.tensor([[0.6, 0.3, 0.1]])
+    gap = torch.tensor([[0.0, 2 * math.log(4), 0.0]])  # at tau 2 the second expert gains a factor of 4
+    weights, index = routing_terms.student_aware_weights(gates, gates.log(), gap, 2, 2.0)
+    assert index.tolist() == [[1, 0]]
+    assert weights[0].tolist() == pytest.approx([1.2 / 1.8, 0.6 / 1.8])
+    # A plain sum has weight 1 for each: the same gain, without the gate.
+    weights, index = routing_terms.student_aware_weights(gates, torch.zeros(1, 3), gap, 2, 2.0)
+    assert index.tolist() == [[1, 0]]
+    assert weights[0].tolist() == pytest.approx([0.8, 0.2])
+
+
+# Relations
+
+
+def plain_relation_kl(student, teacher, batch, heads):
+    """Four loops in float64."""
+    total, valid = 0.0, set(batch["positions"].tolist())
+    rows, length, _ = student.shape
+    document = (batch["position_ids"] == 0).cumsum(-1)
+    for b in range(rows):
+        for i in range(length):
+            keys = [j for j in range(i) if document[b, i] == document[b, j] and batch["attention_mask"][b, j]]
+            if b * length + i not in valid or not keys:
+                continue
+            for s, t in zip(student[b].chunk(heads, -1), teacher[b].chunk(heads, -1), strict=True):
+                q = torch.stack([s[i] @ s[j] / math.sqrt(s.shape[-1]) for j in keys]).log_softmax(-1)
+                p = torch.stack([t[i] @ t[j] / math.sqrt(t.shape[-1]) for j in keys]).log_softmax(-1)
+                total = total + (p.exp() * (p - q)).sum() / heads
+    return total
+
+
+@pytest.mark.parametrize("block_bytes", [1, 1500, 2**24])
+def test_relation_kl_against_loops(monkeypatch, block_bytes):
+    monkeypatch.setattr("distill.losses.relation_kl.BLOCK_BYTES", block_bytes)
+    batch = make_batch([[4, 3], [5], [1, 2]], 8)
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(3, 8, 12, generator=generator, dtype=torch.float64).requires_grad_()
+    teacher = torch.randn(3, 8, 16, generator=generator, dtype=torch.float64)
+    value = routing_terms.attention_alignment(student, teacher, batch)
+    expected = plain_relation_kl(student, teacher, batch, 4)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-12)
+    (grad,), (expected_grad,) = (torch.autograd.grad(v, student) for v in (value, expected))
+    assert torch.allclose(grad, expected_grad, rtol=1e-10, atol=1e-12)
+    assert number(routing_terms.attention_alignment(student.detach(), student.detach(), batch)) == 0.0
+
+
+def test_padding_may_hold_anything():
+    batch = make_batch([[4, 3], [5]], 8)
+    student, teacher = torch.randn(2, 2, 8, 12, generator=torch.Generator().manual_seed(0)).unbind()
+    expected = routing_terms.attention_alignment(student, teacher, batch)
+    padded = batch["attention_mask"] == 0
+    student = student.masked_fill(padded[:, :, None], torch.nan).requires_grad_()
+    value = routing_terms.attention_alignment(student, teacher.masked_fill(padded[:, :, None], torch.inf), batch)
+    value.backward()
+    assert torch.equal(value, expected)
+    assert student.grad.isfinite().all()
+
+
+def test_relation_heads_divide_both_widths():
+    assert [relation_heads(576, 1024), relation_heads(576, 576), relation_heads(15, 40), relation_heads(7, 16)] == [
+        16,
+        16,
+        5,
+        1,
+    ]
+
+
+def test_relation_kl_is_fp32_under_autocast():
+    batch = make_batch([[8]], 8)
+    states = torch.randn(2, 1, 8, 12, generator=torch.Generator().manual_seed(0)).unbind()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = routing_terms.attention_alignment(*states, batch)
+    assert torch.equal(inside, routing_terms.attention_alignment(*states, batch))
+
+
+# The module
+
+
+@pytest.mark.parametrize("make", FAMILIES)
+def test_the_targets_are_what_the_teacher_computed(make):
+    """Native k and tau inf: feature matching and alignment of the routed output itself, bit for bit for a MoE."""
+    teacher, batch = make(), make_batch([[5, 4], [6]], 9)
+    routing = built(teacher, **dense(make))
+    recording, states = recorded(routing, teacher, batch), student_states(routing, batch)
+    (view,) = routing._views
+    result = routing(routing.components, states, recording, batch, None)
+    if dense(make):
+        mixture = view.route(recording.layers[view.layer], torch.arange(18), 2, mixture=True).mixture_ND
+    else:
+        mixture = recording.layers[view.layer]["mixture_TD"]
+    projected = routing.projections[0](normalise(states[0]).flatten(0, 1)[batch["positions"]])
+    target = normalise(mixture)[batch["positions"]]
+    expected = sum(number((a.double() - z.double()).square().mean()) for a, z in zip(projected, target, strict=True))
+    assert number(result.sums[FEATURE]) == pytest.approx(expected, rel=1e-5)
+    plain = plain_relation_kl(
+        normalise(states[0].double()), normalise(mixture.double()).view(2, 9, -1), batch, relation_heads(24, 16)
+    )
+    assert number(result.sums[ALIGNMENT]) == pytest.approx(number(plain), rel=1e-4)
+    assert list(result.sums) == [FEATURE, IMPORTANCE, BALANCE, ALIGNMENT] == routing.components
+
+
+@pytest.mark.parametrize("make", FAMILIES)
+def test_a_very_large_tau_is_the_teachers_gate(make):
+    if make is tiny.tiny_deepseek_v3:
+        pytest.skip("a finite tau leaves its selection bias out")
+    teacher, batch = make(), make_batch([[5, 4], [6]], 9)
+    plain, aware = built(teacher, **dense(make)), built(teacher, tau=1e7, **dense(make))
+    recording, states = recorded(plain, teacher, batch), student_states(plain, batch)
+    expected, actual = (r(r.components, states, recording, batch, 3).sums for r in (plain, aware))
+    for name, value in expected.items():
+        assert number(actual[name]) == pytest.approx(number(value), rel=1e-4)
+
+
+@pytest.mark.parametrize("make", [tiny.tiny_qwen3_moe, tiny.tiny_deepseek_v3, tiny.tiny_llama])
+def test_student_aware_selection_takes_up_what_the_student_lacks(make):
+    teacher, batch = make(), make_batch([[9], [9]], 9)
+    routings = {tau: built(teacher, tau=tau, **dense(make)) for tau in (100.0, 1.0, 0.01)}
+    gaps = []
+    for routing in routings.values():
+        recording, states = recorded(routing, teacher, batch), student_states(routing, batch)
+        gaps.append(number(routing(routing.components, states, recording, batch).stats["mean_gap"]))
+    assert gaps[0] < gaps[1] < gaps[2]
+    # At tau near zero the choice is the two largest gaps.
+    (view,), capture = routing._views, next(iter(recording.layers.values()))
+    projected = routing.projections[0](normalise(states[0]).flatten(0, 1)[batch["positions"]])
+    outputs = view.outputs(capture, batch["positions"])
+    gap = torch.stack([(projected - normalise(y)).square().mean(-1) for y in outputs], -1)
+    assert gaps[2] == pytest.approx(number(gap.topk(2).values.mean()), rel=1e-2)
+
+
+@pytest.mark.parametrize("make", [tiny.tiny_qwen3_moe, tiny.tiny_llama])
+def test_a_token_subset_is_looked_at_and_the_rest_keeps_the_teachers_gate(make):
+    teacher, batch = make(), make_batch([[9], [9]], 9)
+    options = dense(make)
+    all_of_them, subset, own = (
+        built(teacher, tau=0.1, **options),
+        built(teacher, tau=0.1, token_subset=4, **options),
+        built(teacher, **options),
+    )
+    recording, states = recorded(own, teacher, batch), student_states(own, batch)
+    positions = batch["positions"]
+    some = positions[:: math.ceil(len(positions) / 4)]
+    rest = torch.tensor([p for p in positions.tolist() if p not in some.tolist()])
+    value = subset([FEATURE], states, recording, batch).sums[FEATURE]
+    aware = all_of_them([FEATURE], states, recording, batch | {"positions": some}).sums[FEATURE]
+    native = own([FEATURE], states, recording, batch | {"positions": rest}).sums[FEATURE]
+    assert number(value) == pytest.approx(number(aware + native), rel=1e-5)
+    # With alignment the mixtures are of all positions, and the valid ones are the same.
+    both = subset([FEATURE, ALIGNMENT], states, recording, batch).sums[FEATURE]
+    assert number(both) == pytest.approx(number(value), rel=1e-5)
+
+
+def test_all_experts_are_all_experts():
+    teacher, batch = tiny.tiny_olmoe(), make_batch([[9]], 9)
+    routing = built(teacher)
+    recording, states = recorded(routing, teacher, batch), student_states(routing, batch)
+    capture = recording.layers[routing._views[0].layer]
+    block = moe_block(decoder_layers(teacher)[routing._views[0].layer])
+    with torch.no_grad():
+        probs = (capture["input_TD"] @ block.gate.weight.T).softmax(-1)
+        gate_up = torch.einsum("td,eid->tei", capture["input_TD"], block.experts.gate_up_proj)
+        gate, up = gate_up.chunk(2, -1)
+        z = torch.einsum("te,tei,edi->td", probs, torch.nn.functional.silu(gate) * up, block.experts.down_proj)
+    projected = routing.projections[0](normalise(states[0]).flatten(0, 1)[batch["positions"]])
+    expected = routing_terms.feature_matching(projected, z[batch["positions"]])
+    value = routing([FEATURE], states, recording, batch, 4).sums[FEATURE]
+    assert number(value) == pytest.approx(number(expected), rel=1e-5)
+
+
+def test_experts_per_token_outside_the_teachers_range():
+    teacher, batch = tiny.tiny_qwen3_moe(), make_batch([[9]], 9)
+    routing = built(teacher)
+    recording, states = recorded(routing, teacher, batch), student_states(routing, batch)
+    with pytest.warns(UserWarning, match="top_k_experts: 1 is below the teacher's own 2 experts"):
+        routing([FEATURE], states, recording, batch, 1)
+    routing([FEATURE], states, recording, batch, 1)  # once is enough: a second warning would be an error here
+    for k in (0, 5):
+        with pytest.raises(UserError, match=f"top_k_experts: {k} is not within 1 to 4 experts"):
+            routing([FEATURE], states, recording, batch, k)
+
+
+def in_float64(teacher):
+    if hasattr(teacher.config, "num_experts_per_tok"):
+        teacher.set_experts_implementation("eager")  # the grouped product has no float64
+    return teacher.double()
+
+
+def split_recording(recording, rows, length):
+    """The recording of some rows of the batch."""
+    part = Recording([])
+    index = torch.cat([torch.arange(row * length, (row + 1) * length) for row in rows])
+    part.layers = {i: {k: v[index] for k, v in capture.items()} for i, capture in recording.layers.items()}
+    return part
+
+
+@pytest.mark.parametrize("make", [tiny.tiny_qwen3_moe, tiny.tiny_deepseek_v3, tiny.tiny_gemma])
+@pytest.mark.parametrize("tau", [math.inf, 0.5])
+def test_any_split_of_the_same_tokens_gives_the_same_sums_and_gradients(make, tau):
+    teacher = in_float64(make())
+    batch = make_batch([[5, 3], [8], [2, 2, 2], [7]], 8)
+    routing = built(teacher, tau=tau, **dense(make)).double()
+    recording, states = recorded(routing, teacher, batch), student_states(routing, batch, dtype=torch.float64)
+    names = [FEATURE, IMPORTANCE, ALIGNMENT]
+
+    def sums_and_grads(splits):
+        totals = dict.fromkeys(names, 0.0)
+        for rows in splits:
+            keys = ("input_ids", "labels", "attention_mask", "position_ids")
+            part = with_positions({key: batch[key][rows] for key in keys})
+            result = routing(names, [s[rows] for s in states], split_recording(recording, rows, 8), part)
+            totals = {name: totals[name] + result.sums[name] for name in names}
+        heads = list(routing.projections.parameters()) + list(routing.probes.parameters())
+        return totals, torch.autograd.grad(sum(totals.values()), [*states, *heads])
+
+    whole, whole_grads = sums_and_grads([[0, 1, 2, 3]])
+    parts, parts_grads = sums_and_grads([[2], [0, 3], [1]])
+    for name in names:
+        assert number(parts[name]) == pytest.approx(number(whole[name]), rel=1e-10)
+    for a, b in zip(parts_grads, whole_grads, strict=True):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("make", [tiny.tiny_qwen3_moe, tiny.tiny_llama])
+def test_packing_changes_nothing(make):
+    """Two documents in one row or in two, with the teacher's states moved along."""
+    teacher = in_float64(make())
+    apart, packed = make_batch([[5], [3]], 5), make_batch([[5, 3]], 8)
+    routing = built(teacher, tau=0.5, **dense(make)).double()
+    recording, states = recorded(routing, teacher, apart), student_states(routing, apart, dtype=torch.float64)
+    index = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7])
+    joined = Recording([])
+    joined.layers = {i: {k: v[index] for k, v in capture.items()} for i, capture in recording.layers.items()}
+    names = [FEATURE, IMPORTANCE, ALIGNMENT]
+    one = routing(names, states, recording, apart).sums
+    other = routing(names, [s.flatten(0, 1)[index][None] for s in states], joined, packed).sums
+    for name in names:
+        assert number(other[name]) == pytest.approx(number(one[name]), rel=1e-10)
+
+
+@pytest.mark.parametrize("make", FAMILIES)
+@pytest.mark.parametrize("tau", [math.inf, 0.5])
+def test_padding_content_does_not_matter(make, tau):
+    teacher, batch = make(), make_batch([[6], [4]], 8)
+    routing = built(teacher, tau=tau, **dense(make))
+    states = student_states(routing, batch)
+    real = routing(routing.components, states, recorded(routing, teacher, batch), batch)
+    padded = batch["attention_mask"] == 0
+    other = batch | {"input_ids": batch["input_ids"].masked_fill(padded, 7)}
+    other_states = [s.detach().masked_fill(padded[:, :, None], 9.0) for s in states]
+    changed = routing(routing.components, other_states, recorded(routing, teacher, other), other)
+    for name in routing.components:
+        assert number(changed.sums[name]) == pytest.approx(number(real.sums[name]), rel=1e-6)
+    for name, value in real.stats.items():
+        assert number(changed.stats[name]) == pytest.approx(number(value), rel=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"tau": 0.5}, {"tau": 0.5, "token_subset": 2}])
+@pytest.mark.parametrize("k", [None, 3])
+@pytest.mark.parametrize("make", [tiny.tiny_mixtral, tiny.tiny_gpt2])
+def test_a_batch_without_valid_tokens_is_zero(make, options, k):
+    teacher, batch = make(), make_batch([[4]], 4)
+    batch = with_positions(batch | {"labels": torch.full_like(batch["labels"], -100)})
+    routing = built(teacher, **options, **dense(make))
+    states = student_states(routing, batch)
+    for names in ([FEATURE], [IMPORTANCE, BALANCE], routing.components):
+        result = routing(names, states, recorded(routing, teacher, batch), batch, k)
+        sum(result.sums.values()).backward()
+        assert [number(value) for value in result.sums.values()] == [0.0] * len(result.sums)
+        assert all(value.isfinite() for value in result.stats.values())
+    assert all(p.grad.isfinite().all() for p in [*states, *routing.parameters()])
+
+
+@pytest.mark.parametrize("make", FAMILIES)
+def test_only_student_projections_and_probes_get_gradient(make):
+    teacher, batch = make(), make_batch([[9]], 9)
+    teacher.requires_grad_(True)
+    routing = built(teacher, tau=0.5, **dense(make))
+    recording = routing.record()
+    with recording:  # a caller who forgot no_grad
+        teacher(batch["input_ids"])
+    states = student_states(routing, batch)
+    result = routing(routing.components, states, recording, batch, 3)
+    sum(result.sums.values()).backward()
+    assert all(p.grad is None for p in teacher.parameters())
+    assert all(p.grad is not None for p in routing.parameters())
+    assert not any(value.requires_grad for value in result.stats.values())
+    for name in routing.components:
+        grads = torch.autograd.grad(
+            routing([name], states, recording, batch, 3).sums[name], list(routing.parameters()), allow_unused=True
+        )
+        reached = {id(p) for p, grad in zip(routing.parameters(), grads, strict=True) if grad is not None}
+        assert reached == {id(p) for p in routing.trained_by(name)}
+
+
+def test_the_teacher_is_no_part_of_the_module():
+    teacher = tiny.tiny_qwen3_moe()
+    routing = built(teacher, teacher_layers=2)
+    assert sorted(routing.state_dict()) == [
+        f"{head}.{i}.{name}" for head in ("probes", "projections") for i in (0, 1) for name in ("bias", "weight")
+    ]
+    assert not any(module is teacher or "Moe" in type(module).__name__ for module in routing.modules())
+    again = built(teacher, teacher_layers=2)
+    assert all(torch.equal(a, b) for a, b in zip(routing.parameters(), again.parameters(), strict=True))
+    assert copy.deepcopy(routing).state_dict().keys() == routing.state_dict().keys()
+
+
+def test_heads_exist_only_for_configured_losses():
+    teacher = tiny.tiny_qwen3_moe()
+    for losses, heads in (
+        ({"attention_alignment_loss": 1.0}, set()),
+        ({"load_balancing_loss": 0.01}, {"probes"}),
+        ({"feature_matching_loss": 1.0}, {"projections"}),
+    ):
+        routing = built(teacher, losses=losses)
+        assert {name.split(".")[0] for name in routing.state_dict()} == heads
+        assert routing.components == [f"routing_{name}" for name in losses]
+
+
+def test_coefficients_and_layers_average():
+    teacher, batch = tiny.tiny_qwen3_moe(), make_batch([[9]], 9)
+    two = built(teacher, teacher_layers=[0, 1], student_layers=[0, 2])
+    recording, states = recorded(two, teacher, batch), student_states(two, batch)
+    result = two(two.components, states, recording, batch)
+    for i, layer in enumerate((0, 1)):
+        one = built(teacher, teacher_layers=[layer], losses={name.removeprefix("routing_"): 0.5 for name in UNIT})
+        one.projections[0], one.probes[0] = two.projections[i], two.probes[i]
+        part = one(one.components, states[i : i + 1], recording, batch)
+        result.sums.update({name: value - part.sums[name] for name, value in result.sums.items()})
+        result.stats.update({name: value - part.stats[name] / 2 for name, value in result.stats.items()})
+    assert all(abs(number(value)) < 1e-4 for value in [*result.sums.values(), *result.stats.values()])
+
+
+def test_statistics_by_hand():
+    teacher, batch = tiny.tiny_qwen3_moe(), make_batch([[6], [4]], 8)
+    routing = built(teacher)
+    recording = recorded(routing, teacher, batch)
+    result = routing(routing.components, student_states(routing, batch), recording, batch)
+    capture, positions = recording.layers[routing._views[0].layer], batch["positions"]
+    gates = capture["logits_TE"][positions].double().softmax(-1)
+    used = capture["index_TK"][positions].flatten().tolist()
+    assert number(result.stats["gate_entropy"]) == pytest.approx(
+        number(-(gates * gates.log()).sum(-1).mean()), rel=1e-5
+    )
+    assert number(result.stats["expert_usage_max"]) == pytest.approx(max(map(used.count, range(4))) / len(used))
+    line = rel_entr(gates.numpy(), gates.mean(0).numpy()).sum(-1).mean()
+    assert number(result.stats["constant_gate_kl"]) == pytest.approx(line, rel=1e-5)
+    importance = number(result.sums[IMPORTANCE]) / len(positions)
+    assert number(result.stats["probe_gain"]) == pytest.approx(line - importance, rel=1e-4)
+
+
+def test_layers_at_even_depth_fractions():
+    assert [spread(n, list(range(30))) for n in (1, 2, 3)] == [[15], [7, 22], [5, 15, 25]]
+    assert spread(7, list(range(7))) == list(range(7))
+    two = built(tiny.tiny_llama(num_hidden_layers=4), num_experts=4, teacher_layers=2)
+    assert list(two.record().layers) == [1, 3]
+    assert two.student_layer_indices == [1, 2]  # after 2 / 4 and 4 / 4 of 3 layers
+    assert built(tiny.tiny_deepseek_v3()).record().layers.keys() == {1}  # layer 0 is dense
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"losses": {"feature_match_loss": 1.0}}, "'feature_match_loss' is no routing loss; did you mean 'feature_m"),
+        ({"losses": {"feature_matching_loss": -1.0}}, "feature_matching_loss has coefficient -1.0"),
+        ({"losses": {}}, "names no routing loss"),
+        ({"tau": 0.0}, "tau: 0.0 is not a temperature"),
+        ({"tau": math.nan}, "tau: nan is not a temperature"),
+        ({"tau": 1.0, "losses": {"attention_alignment_loss": 1.0}}, "tau: 1.0 needs the projection"),
+        ({"token_subset": 8}, "token_subset: 8 bounds a finite tau only"),
+        ({"num_experts": 0}, "num_experts: 0 is not a count"),
+        ({"teacher_layers": []}, "teacher_layers: 0 is not a count"),
+        ({"teacher_layers": 3}, "teacher_layers: 3 are more than the teacher's 2 layers"),
+        ({"teacher_layers": [2]}, "teacher_layers: 2 is not a layer; the model has layers 0 to 1"),
+        ({"teacher_layers": [1, 1]}, r"teacher_layers: \[1, 1\] names a layer twice"),
+        ({"student_layers": [3]}, "student_layers: 3 is not a layer; the model has layers 0 to 2"),
+        ({"student_layers": [0, 1]}, r"student_layers: \[0, 1\] are not one for each of the teacher layers \[1\]"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        built(tiny.tiny_qwen3_moe(), **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"tau": 0.5}])
+def test_no_value_is_read_back_from_the_device(options):
+    """Under fake tensors whatever would wait for the device (item, nonzero, a boolean index) raises."""
+    teacher, batch = tiny.tiny_llama(), make_batch([[6], [4]], 8)
+    routing = built(teacher, num_experts=4, **options)
+    recording, states = recorded(routing, teacher, batch), student_states(routing, batch)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = {key: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for key, v in batch.items()}
+        for capture in recording.layers.values():
+            capture.update({key: mode.from_tensor(value) for key, value in capture.items()})
+        result = routing(routing.components, [mode.from_tensor(s) for s in states], recording, fake, 3)
+        sum(result.sums.values()).backward()
+    assert len(result.sums) == 4
+
+
+TWO_RANKS = """
+import sys
+import torch
+import torch.distributed as dist
+from distill.losses.routing_terms import load_balance
+rank = int(sys.argv[1])
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+logits = torch.load(sys.argv[3])
+mine = (logits[:, :3] if rank == 0 else logits[:, 3:]).flatten(0, 1).requires_grad_()
+value = load_balance(mine, 2, 2)
+value.backward()
+torch.save((value.detach(), mine.grad.view(2, -1, 5)), sys.argv[2] + str(rank))
+dist.destroy_process_group()
+"""
+
+
+def test_balance_on_two_ranks_is_that_of_one_process(tmp_path):
+    logits = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.save(logits, tmp_path / "logits")
+    command = [sys.executable, "-c", TWO_RANKS]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store"), str(tmp_path / "logits")]) for rank in (0, 1)
+    ]
+    whole = logits.clone().flatten(0, 1).requires_grad_()
+    expected = routing_terms.load_balance(whole, 2, 2)
+    expected.backward()
+    assert [rank.wait(120) for rank in ranks] == [0, 0]
+    (value_0, grad_0), (value_1, grad_1) = (torch.load(tmp_path / f"store{rank}") for rank in (0, 1))
+    assert number(value_0) == number(value_1) == pytest.approx(number(expected), rel=1e-12)
+    averaged = torch.cat([grad_0, grad_1], 1) / 2  # as DDP does, for parameters that both ranks share
+    assert torch.allclose(averaged, whole.grad.view(2, 8, 5), rtol=1e-12, atol=1e-15)
