@@ -32,11 +32,6 @@ class DistillationMetrics(Metric):
 
         Those that need the teacher are absent when no batch had its whole distribution, bits_per_byte when no bytes
         were counted, all of them when no token was.
-
-    Example:
-        >>> metrics = DistillationMetrics()
-        >>> metrics.compute()
-        {}
     """
 
     is_differentiable = False
@@ -57,7 +52,6 @@ class DistillationMetrics(Metric):
         for name in _SUMS:
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("calibration", torch.zeros(CALIBRATION_BINS, 3, dtype=torch.float64), dist_reduce_fx="sum")
-        self.set_dtype(torch.float64)
 
     def update(self, stats: TokenStats, num_bytes: int) -> None:
         """Adds one batch.

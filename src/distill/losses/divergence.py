@@ -49,9 +49,9 @@ class KDLoss:
             raise UserError(f"beta: {self.beta} is outside [0, 1]; 0 is forward KL, 1 is reverse KL")
         if not 0 < self.alpha < 1:
             raise UserError(f"alpha: {self.alpha} is outside (0, 1); DistiLLM uses 0.1")
-        if not 0 <= self.coefficient < float("inf"):
+        if not 0 < self.coefficient < float("inf"):
             raise UserError(
-                f"coefficient: {self.coefficient} must be a number >= 0; use the curriculum to switch KD off"
+                f"coefficient: {self.coefficient} must be a number > 0; use the curriculum to switch KD off"
             )
 
     @property
