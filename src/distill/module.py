@@ -290,9 +290,6 @@ class DistillationModule(L.LightningModule):
         self.measure_inactive = False
         if isinstance(self.trainer.strategy, DDPStrategy) or not total.requires_grad:
             total = total + self._zero_anchor(breakdown)
-        self.log("loss", total.detach(), prog_bar=True, logger=False)
-        for name, value in breakdown.scaled.items():
-            self.log(name, value, prog_bar=True, logger=False)
 
         step = None
         values = torch.stack([value.double() for value in breakdown.raw.values()])
@@ -300,10 +297,16 @@ class DistillationModule(L.LightningModule):
         if (batch_idx + 1) % accumulation == 0 or self.trainer.is_last_batch:
             mean = self.trainer.strategy.reduce(self._window / accumulation, reduce_op="mean")
             step = LossBreakdown(dict(zip(breakdown.raw, mean.unbind(), strict=True)), breakdown.weights)
-            self._log_step(step, stats, batch["units"]["tokens"])
+            self._tokens += batch["units"]["tokens"]
+            if self._logs_this_step():
+                self._log_step(step, stats)
         return {"loss": total, "total": total.detach(), "breakdown": breakdown, "step": step}
 
-    def _log_step(self, step: LossBreakdown, stats: dict[str, Tensor], tokens: int) -> None:
+    def _logs_this_step(self) -> bool:
+        """Whether loggers take what this optimizer step logs: `log` costs most of a millisecond an entry."""
+        return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
+
+    def _log_step(self, step: LossBreakdown, stats: dict[str, Tensor]) -> None:
         """Logs the optimizer step under the names of the metrics table."""
         state, now = self.curriculum, time.perf_counter()
         figures: dict[str, Any] = {"train/loss": step.total}
@@ -313,11 +316,11 @@ class DistillationModule(L.LightningModule):
         figures["curriculum/temperature"] = state.temperature
         if self.routing is not None:
             figures["curriculum/top_k_experts"] = float(state.top_k_experts or self.routing.native_k)
-        if self._last_step_end is not None:
-            figures["train/tokens_per_s"] = tokens / (now - self._last_step_end)
-        self._last_step_end = now
+        figures["train/tokens_per_s"] = self._tokens / (now - self._tokens_since)
+        self._tokens, self._tokens_since = 0, now
         figures |= {f"routing/{name}": value for name, value in stats.items()}
         self.log_dict(figures)
+        self.log("loss", step.total, prog_bar=True, logger=False)
 
     def _zero_anchor(self, breakdown: LossBreakdown) -> Tensor:
         """Zero times what no active component uses, so that DDP finds every parameter in the graph."""
@@ -402,7 +405,7 @@ class DistillationModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        self._last_step_end: float | None = None
+        self._tokens, self._tokens_since = 0, time.perf_counter()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         for parameter in self._unused_parameters():
@@ -416,13 +419,13 @@ class DistillationModule(L.LightningModule):
     ) -> None:
         """Clips by norm or value and logs `train/grad_norm`, the norm before clipping, where it is known for free."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        logging = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
         by_value = gradient_clip_algorithm == "value"
         self.grad_norm = None
-        if parameters and (logging or (gradient_clip_val and not by_value)):
+        if parameters and (self._logs_this_step() or (gradient_clip_val and not by_value)):
             limit = math.inf if by_value or not gradient_clip_val else gradient_clip_val
             self.grad_norm = nn.utils.clip_grad_norm_(parameters, limit)
-            self.log("train/grad_norm", self.grad_norm)
+            if self._logs_this_step():
+                self.log("train/grad_norm", self.grad_norm)
         if by_value and gradient_clip_val:
             nn.utils.clip_grad_value_(parameters, gradient_clip_val)
 

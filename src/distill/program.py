@@ -4,6 +4,7 @@ Each default callback is a top-level key of the YAML, since dotted overrides can
 `--train_debug null` switches one off. The price is a signature that names them all.
 """
 
+import logging
 import os
 import re
 import shutil
@@ -32,13 +33,13 @@ from distill.module import DistillationModule
 
 # Key -> class of the callbacks that are on by default, in the order in which they print.
 CALLBACKS: dict[str, type[Callback]] = {
+    "progress": ProgressBar,
     "audit": LossAudit,
     "train_debug": TrainDebug,
     "curriculum_dump": CurriculumDump,
     "kd_loss_dump": KDLossDump,
     "routing_losses_dump": RoutingLossesDump,
     "evaluation": Evaluation,
-    "progress": ProgressBar,
 }
 
 
@@ -133,6 +134,8 @@ class DistillCLI(LightningCLI):
         chosen = [self._get(self.config_init, key) for key in keys]
         extra = [self._get(self.config_init, "curriculum"), *(callback for callback in chosen if callback is not None)]
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        if chosen[keys.index("progress")] is None and not config.get("callbacks"):
+            config["enable_progress_bar"] = False
         return self._instantiate_trainer(config, extra)
 
 
@@ -163,7 +166,8 @@ def run(args: list[str] | None = None) -> DistillCLI:
 
 def quieten() -> None:
     """Silences what libraries print that a user of a default run can do nothing about."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # LightningCLI's calls
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # LightningCLI's calls, not the user's
-
-
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*", category=FutureWarning)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())

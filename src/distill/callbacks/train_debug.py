@@ -1,6 +1,6 @@
 """TRAIN DEBUG: four figures of one loss from four different places. They agree, or something is wrong.
 
-Reads: the bar's metrics, the breakdown and the total that `training_step` returned, and the tensor that Lightning hands
+Reads: the bar's figure, the breakdown and the total that `training_step` returned, and the tensor that Lightning hands
 to `backward`. Writes nothing. The price is a few device-to-host copies on the batches that it prints.
 """
 
@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from distill.callbacks.progress import ProgressBar
 from distill.callbacks.text import block, emit, run_directory
 from distill.errors import UserError
 
@@ -49,9 +50,11 @@ class TrainDebug(Callback):
         if batch_idx % self.every_n_batches != 0 or not trainer.is_global_zero:
             return
         assert self.back_propagated is not None
+        bar = trainer.progress_bar_callback
+        shown = bar.figures()["loss"] if isinstance(bar, ProgressBar) else float(outputs["total"])
         scaled = {name: float(value) for name, value in outputs["breakdown"].scaled.items()}
         lines = [
-            f"  Progress bar loss: {trainer.progress_bar_metrics['loss']:.4f}",
+            f"  Progress bar loss: {shown:.4f}",
             "",
             "  Raw loss components:",
             *(f"    {name}: {value:.4f}" for name, value in scaled.items()),
