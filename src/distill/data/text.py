@@ -47,10 +47,11 @@ def load_documents(
         files = local_files(name, key)
         loaded = _load_hub(name, config, split, key) if files is None else _load_files(files, key)
         parts += [_text_of(table, text_column, name) for table in loaded]
-    documents = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts) if parts else None
-    if documents is None or not documents.num_rows:
+    if not any(part.num_rows for part in parts):
         raise UserError(f"{key}: {source!r} has no documents; give a source with text")
-    return documents
+    if len({part.features["text"].dtype for part in parts}) > 1:  # Arrow has two kinds of string
+        parts = [part.cast_column("text", datasets.Value("large_string")) for part in parts]
+    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
 
 def local_files(source: str, key: str) -> list[Path] | None:
