@@ -33,6 +33,7 @@ def test_routing_bypass_is_named(distill, config, monkeypatch):
 def test_routing_bypass_without_a_measured_value_names_the_suspects(distill, config, monkeypatch):
     plant(monkeypatch, lambda module, total, breakdown: (total * 1.01, breakdown))
     config |= dict.fromkeys(["curriculum_dump", "kd_loss_dump", "routing_losses_dump"])
+    config["trainer"]["num_sanity_val_steps"] = 0
     with pytest.raises(AuditError, match=r"training at step 0 differs .* routing_feature_matching_loss"):
         distill("fit", config)
 

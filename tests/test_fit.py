@@ -169,26 +169,25 @@ def test_teacher_is_frozen_and_nowhere_in_the_checkpoint(run):
 
 @pytest.mark.parametrize("steps", [4, 9, 20], ids=["phase1", "phase2", "phase3"])
 def test_validate_weighs_and_measures_as_fit_did(distill, config, steps):
-    config["trainer"] |= {"max_steps": 20, "val_check_interval": steps}
-    config["checkpoint"] = {
-        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-        "init_args": {"monitor": None, "every_n_train_steps": None, "filename": "at", "save_top_k": 1},
-    }
-    config["trainer"]["limit_val_batches"] = 2
-    fitted = distill("fit", config, "--trainer.max_steps", "20", "--trainer.val_check_interval", str(steps))
+    config["trainer"] |= {"val_check_interval": steps, "limit_val_batches": 2}
+    checkpoint = {"monitor": None, "save_top_k": -1, "filename": "step={step}", "auto_insert_metric_name": False}
+    saving = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": checkpoint}
+    fitted = distill("fit", config | {"checkpoint": saving})
     block = next(b for b in parse(log_of(fitted)) if b.kind == "Eval" and b.step == steps - 1)
-    checkpoints = sorted(Path(fitted.trainer.log_dir, "checkpoints").glob("*.ckpt"))
-    del config["checkpoint"]
-    for path in checkpoints:
-        if torch.load(path, weights_only=True)["global_step"] != steps:
-            continue
-        validated = distill("validate", config, "--ckpt_path", str(path))
-        again = parse(log_of(validated))[-1]
-        assert again.kind == "Eval"
-        assert again.step == block.step
-        assert again.values == block.values
-        return
-    pytest.fail(f"no checkpoint at step {steps} among {checkpoints}")
+    path = Path(fitted.trainer.log_dir, "checkpoints", f"step={steps}.ckpt")
+    validated = distill("validate", config, "--ckpt_path", str(path))
+    again = parse(log_of(validated))[-1]
+    assert (again.kind, again.step, again.values) == ("Eval", steps - 1, block.values)
+    with Path(fitted.trainer.log_dir, "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["val/loss"]]
+    logged = next(float(row["val/loss"]) for row in rows if int(row["step"]) == steps - 1)
+    assert float(validated.trainer.callback_metrics["val/loss"]) == pytest.approx(logged, rel=1e-6)
+
+
+def test_the_last_step_is_validated_and_saved_wherever_the_epoch_stands(distill, config):
+    cli = distill("fit", config, "--trainer.max_steps", "3")
+    assert [b.step for b in by_kind(parse(log_of(cli)), "Eval")] == [2]
+    assert Path(cli.trainer.log_dir, "checkpoints", "step=3.ckpt").exists()
 
 
 def test_weights_and_temperature_override(distill, config):

@@ -407,6 +407,11 @@ class DistillationModule(L.LightningModule):
     def on_train_start(self) -> None:
         self._tokens, self._tokens_since = 0, time.perf_counter()
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Asks for a validation after the last step, which Lightning omits where `max_steps` ends inside an epoch."""
+        if self.trainer.global_step >= self.trainer.max_steps > 0:
+            self.trainer.should_stop = True
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         for parameter in self._unused_parameters():
             parameter.grad = None
