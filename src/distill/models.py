@@ -241,8 +241,8 @@ def check_vocabularies(
 def check_packing(model: PreTrainedModel, key: str = "model.teacher") -> None:
     """Refuse a model in which the documents of a packed row see each other.
 
-    Many families take the borders of documents from `position_ids`, but others ignore them without a word (gpt_oss, OPT,
-    ALiBi models, state-space models), so a short packed row is compared with the same document alone.
+    Many families take the borders of documents from `position_ids`, but others ignore them without a word (gpt_oss,
+    OPT, ALiBi and state-space models), so a document in a short packed row is compared with the same one alone.
 
     Args:
         model: on any device, in any mode, not sharded.

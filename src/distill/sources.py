@@ -37,6 +37,8 @@ def resolve(source: str, key: str = "source") -> str:
         >>> resolve("package://pydoc_data/topics.py").endswith("topics.py")
         True
     """
+    if not source.strip():
+        raise UserError(f"{key}: is empty; give a hub id, a local path or package://name/path")
     if source.startswith("package://"):
         return _package_file(source, key)
     path = Path(source).expanduser()
@@ -44,8 +46,6 @@ def resolve(source: str, key: str = "source") -> str:
         return str(path)
     if source.startswith(("/", "./", "../", "~")) or source.count("/") > 1 or path.suffix.lower() in FILE_SUFFIXES:
         raise UserError(f"{key}: {source!r} does not exist (looked in {Path.cwd()}); correct the path")
-    if not source.strip():
-        raise UserError(f"{key}: is empty; give a hub id, a local path or package://name/path")
     return source
 
 
@@ -146,9 +146,9 @@ def _write_folder(file: Path, out: Path, key: str) -> None:
                 del model.config.quantization_config
             model.save_pretrained(out)
             tokenizer.save_pretrained(out)
-    except (OSError, ValueError, KeyError, IndexError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{key}: {str(file)!r} cannot be read ({reason}); download it again") from error
+    except Exception as error:  # a damaged file fails in whatever line reads it
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{key}: {str(file)!r} cannot be converted ({reason}); download it again") from error
 
 
 @contextmanager

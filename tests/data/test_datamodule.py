@@ -144,7 +144,7 @@ def trainer_of(module=None, world_size=1, distributed_sampler=False, overfit=0):
 def test_teacher_gives_the_tokenizer_and_the_context(options, assets):
     data = DistillationDataModule(**(options | {"tokenizer": None, "sequence_length": 65}))
     data.trainer = trainer_of(SimpleNamespace(teacher_source=str(assets / "llama"), max_context=64))
-    with pytest.raises(UserError, match="data.sequence_length: 65 exceeds the 64 tokens"):
+    with pytest.raises(UserError, match=r"data.sequence_length: 65 exceeds the 64 tokens"):
         data.prepare_data()
     data.sequence_length = 64
     data.prepare_data()
@@ -166,12 +166,12 @@ def test_ranks_share_the_rows(options):
 def test_trainers_that_would_deal_out_the_rows_again_are_refused(options):
     data = ready(options)
     data.trainer = trainer_of(world_size=2, distributed_sampler=True)
-    with pytest.raises(UserError, match="trainer.use_distributed_sampler: true"):
+    with pytest.raises(UserError, match=r"trainer.use_distributed_sampler: true"):
         data.train_dataloader()
-    with pytest.raises(UserError, match="trainer.use_distributed_sampler: true"):
+    with pytest.raises(UserError, match=r"trainer.use_distributed_sampler: true"):
         data.val_dataloader()
     data.trainer = trainer_of(overfit=2)
-    with pytest.raises(UserError, match="trainer.overfit_batches: 2"):
+    with pytest.raises(UserError, match=r"trainer.overfit_batches: 2"):
         data.train_dataloader()
 
 

@@ -2,15 +2,21 @@
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from datasets import Dataset
 
+import tiny
 from distill.data.datamodule import collate
 from distill.data.packing import byte_counts, pack, tokenize, tokenizer_hash
 from distill.errors import UserError
 
-TEXTS = ["plain text, over and over: plain text", "naïve café — 東京 😀😀", "e\u0301 combining", "x", "tab\tand\nline  "]
+TEXTS = [
+    "plain text, over and over: plain text",
+    "naïve café — 東京 😀😀",
+    "e\u0301 combining",
+    "x",
+    "tab\tand\nline  ",
+]
 
 
 def plain_rows(documents: list[tuple[list[int], list[int]]], length: int, packing: bool) -> list[dict]:

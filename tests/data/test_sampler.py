@@ -11,7 +11,9 @@ ROWS = 29
 UNITS = {"tokens": np.arange(ROWS) ** 2, "queries": np.arange(ROWS)}
 
 
-def ranks(world_size: int, batch_size: int, accumulate: int = 1, epoch: int = 0, **attributes) -> list[list[MicroBatch]]:
+def ranks(
+    world_size: int, batch_size: int, accumulate: int = 1, epoch: int = 0, **attributes
+) -> list[list[MicroBatch]]:
     """Rank -> micro-batches."""
     dealt = []
     for rank in range(world_size):

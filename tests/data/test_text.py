@@ -115,7 +115,9 @@ def test_missing_sources(tmp_path):
 
 
 def test_a_hub_that_cannot_be_reached():
-    with pytest.raises(UserError, match="data.dataset: 'nobody/nothing' is no local file, and not to be had") as caught:
+    with pytest.raises(
+        UserError, match=r"data.dataset: 'nobody/nothing' is no local file, and not to be had"
+    ) as caught:
         load("nobody/nothing")
     assert "\n" not in str(caught.value)
 
@@ -123,7 +125,7 @@ def test_a_hub_that_cannot_be_reached():
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (ValueError('Unknown split "trian". Should be one of [\'train\'].'), r"data.split: 'train'.*Unknown split"),
+        (ValueError("Unknown split \"trian\". Should be one of ['train']."), r"data.split: 'train'.*Unknown split"),
         (ValueError("Config name is missing.\nPlease pick one among: ['a', 'b']"), r"data.dataset_config: None.*'a'"),
     ],
 )
