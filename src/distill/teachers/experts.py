@@ -33,7 +33,7 @@ class Routed:
         gates_NE: the teacher's gate over all experts, rows sum to 1.
         index_NK: chosen experts.
         mixture_ND: their gate-weighted sum; None where it was not asked for.
-        gap_NK: error of the student on each chosen expert, of the valid tokens that were looked at; None where none was.
+        gap_NK: the student's error on each chosen expert, for the valid tokens that were looked at; None for none.
     """
 
     gates_NE: Tensor
