@@ -57,7 +57,7 @@ def load_model(
     """
     folder = model_folder(source, key)
     try:
-        with quiet_transformers():
+        with quiet_transformers(downloads=True):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
@@ -251,8 +251,9 @@ def check_packing(model: PreTrainedModel, key: str = "model.teacher") -> None:
     Raises:
         UserError: what comes before a document changes the model's states for it.
     """
-    embeddings = model.get_input_embeddings().weight
-    first_T, second_T = torch.arange(8, device=embeddings.device).remainder(len(embeddings)).split(4)
+    first_T, second_T = (
+        torch.arange(8, device=model.device).remainder(model.config.get_text_config(decoder=True).vocab_size).split(4)
+    )
     ids_BL = torch.stack([torch.cat([first_T, second_T]), torch.cat([second_T, first_T])])
     positions_BL = torch.arange(4, device=ids_BL.device).repeat(2, 2)
     training = model.training

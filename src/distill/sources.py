@@ -10,6 +10,7 @@ import importlib.util
 import io
 import os
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -123,6 +124,7 @@ def convert_gguf(file: Path, key: str = "model.teacher") -> Path:
             partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
             try:
                 _write_folder(file, partial, key)
+                partial.chmod(0o755)  # mkdtemp keeps others out
                 os.replace(partial, target)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -152,13 +154,18 @@ def _write_folder(file: Path, out: Path, key: str) -> None:
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Within it transformers shows no progress bars, and neither it nor Python any warnings; errors pass."""
+def quiet_transformers(downloads: bool = False) -> Iterator[None]:
+    """Within it transformers shows no progress bars, and neither it nor Python any warnings; errors pass.
+
+    Args:
+        downloads: leave the bars on where a terminal shows them, since downloads take minutes.
+    """
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    if not (downloads and sys.stderr.isatty()):
+        logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -68,7 +68,7 @@ def test_byte_counts_give_uncovered_text_to_the_last_token():
 def test_rows_equal_a_plain_loop(tokenizer, packing, length):
     rng = np.random.default_rng(0)
     words = " ".join(TEXTS).split(" ")
-    texts = [" ".join(rng.choice(words, size=rng.integers(0, 30))) for _ in range(600)]  # several batches of the map
+    texts = [" ".join(rng.choice(words, size=rng.integers(0, 30))) for _ in range(300)]  # more than a batch of the map
     documents = [(ids.tolist(), counts.tolist()) for ids, counts in tokenize(tokenizer, texts)]
     table = pack(Dataset.from_dict({"text": texts}), tokenizer, length, packing)
     assert table.to_list() == plain_rows(documents, length, packing)
