@@ -172,7 +172,8 @@ def test_validate_weighs_and_measures_as_fit_did(distill, config, steps):
     config["trainer"] |= {"val_check_interval": steps, "limit_val_batches": 2}
     checkpoint = {"monitor": None, "save_top_k": -1, "filename": "step={step}", "auto_insert_metric_name": False}
     saving = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": checkpoint}
-    fitted = distill("fit", config | {"checkpoint": saving})
+    config["checkpoint"] = saving
+    fitted = distill("fit", config)
     block = next(b for b in parse(log_of(fitted)) if b.kind == "Eval" and b.step == steps - 1)
     path = Path(fitted.trainer.log_dir, "checkpoints", f"step={steps}.ckpt")
     validated = distill("validate", config, "--ckpt_path", str(path))

@@ -16,7 +16,6 @@ from typing import Any, NoReturn
 
 import lightning as L
 import torch
-from jsonargparse import ArgumentError
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -84,15 +83,26 @@ class SaveConfig(SaveConfigCallback):
 
 
 class Parser(LightningArgumentParser):
-    """A parser whose errors are one line with the remedy, not the whole usage."""
+    """A parser whose errors are one line, not the whole usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        text = " ".join(str(message).split())
-        unknown = re.search(r"(?:Unrecognized arguments: |Key ')(--)?([\w.]+)", text)
-        if unknown:
-            keys = [action.dest for action in self._actions]
-            text += f": {did_you_mean(unknown[2], keys)}"
-        raise UserError(text)
+        raise told(ex) or UserError(shorten(str(message)))
+
+
+def told(error: BaseException | None) -> UserError | None:
+    """The UserError that an exception was raised from, which jsonargparse wraps in messages of its own."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def shorten(message: str) -> str:
+    """One line of a jsonargparse message: of an optional class, what its own keys say, not what null would have been."""
+    text = " ".join(message.split())
+    union = re.search(r"(.*?)Does not validate against any of the Union subtypes .*?Errors: - (.*?)(?: - | Given)", text)
+    text = union[1] + union[2] if union else text
+    text = re.sub(r"Parser key \"([\w.]+)\"", r"\1", text)
+    return re.sub(r"Expected a typing.Literal\[(.*?)\]\. Got value: (\S+)", r"\2 is not one of \1", text)
 
 
 class DistillCLI(LightningCLI):
@@ -117,6 +127,17 @@ class DistillCLI(LightningCLI):
             },
         )
         parser.add_argument("--early_stopping", type=EarlyStopping | None, default=None)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            super().parse_arguments(parser, args)
+        except UserError as error:
+            misspelt = re.search(r"does not accept option '([\w.]+)'|Unrecognized arguments: --([\w.]+)", str(error))
+            if misspelt is None:
+                raise
+            keys = {action.dest for sub in self._subcommand_parsers.values() for action in sub._actions}
+            keys |= {key.rsplit(".", 1)[0] for key in keys}
+            raise UserError(f"{error}: {did_you_mean(misspelt[1] or misspelt[2], sorted(keys))}") from None
 
     def before_instantiate_classes(self) -> None:
         path = self.config[self.subcommand].get("ckpt_path") if self.subcommand else None
@@ -160,8 +181,10 @@ def run(args: list[str] | None = None) -> DistillCLI:
             load_from_checkpoint_support=False,
             args=args,
         )
-    except ArgumentError as error:
-        raise UserError(" ".join(str(error).split())) from error
+    except ValueError as error:
+        if (ours := told(error)) is not None:
+            raise ours from None
+        raise
 
 
 def quieten() -> None:

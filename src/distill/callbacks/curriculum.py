@@ -91,12 +91,25 @@ class Curriculum(Callback):
         horizon = trainer.estimated_stepping_batches
         if not math.isfinite(horizon) or horizon <= 0:
             raise UserError(f"trainer.max_steps: a horizon of {horizon} steps gives no progress: set max_steps")
+        self._check_experts(pl_module.num_experts)
         if self.horizon not in (None, int(horizon)):
             rank_zero_warn(
                 f"The curriculum's horizon was {self.horizon} steps in the checkpoint and is {int(horizon)} now: "
                 "its phases move with it."
             )
         self.horizon = int(horizon)
+
+    def _check_experts(self, num_experts: int | None) -> None:
+        if self.top_k_experts is None:
+            return
+        knots = self.top_k_experts if isinstance(self.top_k_experts, list) else [[0.0, self.top_k_experts]]
+        peak = round_half_up(max(value for _, value in knots))
+        if num_experts is None:
+            raise UserError(f"curriculum.top_k_experts: {peak} routes nothing here: configure model.routing, or leave it out")
+        if peak > num_experts:
+            raise UserError(
+                f"curriculum.top_k_experts: {peak} is above the teacher's {num_experts} experts: give at most {num_experts}"
+            )
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.step = trainer.global_step

@@ -1,0 +1,176 @@
+"""What a user can get wrong: one line that names key, value and remedy, exit code 2, and nothing left on the disk."""
+
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+
+def edit(config: dict, path: str, value) -> None:
+    *parents, last = path.split(".")
+    for key in parents:
+        config = config.setdefault(key, {})
+    config[last] = value
+
+
+@pytest.fixture
+def refused(config, tmp_path, monkeypatch, capfd):
+    """Runs the console script's function and returns the one line that it printed on stderr."""
+    from distill.cli import main
+
+    def call(*args: str, subcommand: str = "fit") -> str:
+        monkeypatch.setattr(logging, "raiseExceptions", False)  # Lightning's handlers hold another test's stderr
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(config))
+        monkeypatch.setattr("sys.argv", ["distill", subcommand, "--config", str(path), *args])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            main()
+        assert exit_info.value.code == 2
+        captured = capfd.readouterr()
+        assert "Traceback" not in captured.err + captured.out
+        errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, captured.err
+        assert captured.err.rstrip().endswith(errors[0]), "the error is one line, and the last"
+        assert not list(tmp_path.glob("lightning_logs/version_*")), "a refused run leaves no directory"
+        return errors[0]
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("model.learning_rat", 1e-3, r"model.learning_rat.*did you mean 'model.learning_rate'"),
+        ("trainer.max_step", 3, r"trainer.max_step.*did you mean 'trainer.max_steps'"),
+        ("curriculm", {"kd": 1.0}, r"curriculm.*did you mean 'curriculum.kd'"),
+        ("model.routing.losses", {"feature_matching": 1.0}, r"feature_matching.*did you mean 'feature_matching_loss'"),
+        ("model.kd_loss", {"divergence": "forwardkl"}, r"divergence: forwardkl is not one of 'forward_kl'"),
+        ("curriculum.layerwise", 0.1, r"curriculum.layerwise: 0.1 weighs nothing here: configure layerwise_loss"),
+        ("curriculum.kd", -0.5, r"curriculum.kd: -0.5 is out of range: give values at least 0"),
+        ("curriculum.temperature", 0.0, r"curriculum.temperature: 0.0 is out of range: give values above 0"),
+        ("curriculum.feature", [[0.6, 0.1], [0.3, 0.0]], r"curriculum.feature: knots out of order"),
+        ("curriculum.top_k_experts", 9, r"curriculum.top_k_experts: 9 is above the teacher's 4 experts"),
+        ("train_debug.every_n_batches", 0, r"train_debug.every_n_batches: 0: give at least 1"),
+        ("model.student", "elsewhere", r"model.student: 2 of student, student_layers and student_config are given"),
+        ("model.student_layers", 9, r"model.student_layers.*9.*4 layers"),
+        ("model.learning_rate", 0.0, r"model.learning_rate: 0.0 must be above 0"),
+        ("data.dataset", "nowhere/at_all.txt", r"data.dataset.*nowhere/at_all.txt"),
+        ("data.sequence_length", 4096, r"data.sequence_length.*4096"),
+        ("data.per_device_batch_size", 0, r"data.per_device_batch_size.*0"),
+        ("data.validation_split", 1.5, r"data.validation_split.*1.5"),
+        ("model.teacher", "package://no_such_package/file", r"model.teacher.*no_such_package.*pip install"),
+        ("model.teacher", "./no_such_folder", r"model.teacher.*no_such_folder"),
+    ],
+)
+def test_one_line_names_key_value_and_remedy(config, refused, path, value, message):
+    edit(config, path, value)
+    assert re.search(message, refused())
+
+
+def test_experts_asked_of_a_moe_teacher_that_has_others(config, refused, assets):
+    config["model"] |= {"teacher": str(assets / "qwen3_moe"), "routing": {"num_experts": 5}}
+    line = refused()
+    assert "num_experts: 5" in line
+
+
+def test_column_that_is_not_there(config, refused, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"body": "some text here"}) for _ in range(50)))
+    config["data"]["dataset"] = str(tmp_path / "rows.jsonl")
+    line = refused()
+    assert "data.text_column" in line
+    assert "body" in line
+
+
+def test_empty_data(config, refused, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    config["data"]["dataset"] = str(tmp_path / "empty.txt")
+    assert "data.dataset" in refused()
+
+
+def test_all_labels_masked(config, refused, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": ""}) for _ in range(50)))
+    config["data"]["dataset"] = str(tmp_path / "rows.jsonl")
+    assert "data." in refused()
+
+
+def test_another_tokenizer(config, refused, assets, tmp_path):
+    folder = tmp_path / "student"
+    shutil.copytree(assets / "llama", folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[5:7]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    del config["model"]["student_layers"]
+    config["model"]["student"] = str(folder)
+    assert "choose a student with the teacher's tokenizer" in refused()
+
+
+def test_pickled_weights(config, refused, assets, tmp_path):
+    folder = tmp_path / "pickled"
+    shutil.copytree(assets / "llama", folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    config["model"]["teacher"] = str(folder)
+    assert "allow_pickle: true" in refused()
+
+
+def test_remote_code(config, refused, assets, tmp_path):
+    folder = tmp_path / "remote"
+    shutil.copytree(assets / "llama", folder)
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnLM"}}
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "own.py").write_text("raise SystemExit('ran')")
+    config["model"]["teacher"] = str(folder)
+    assert "trust_remote_code: true" in refused()
+
+
+def test_truncated_weights(config, refused, assets, tmp_path):
+    folder = tmp_path / "truncated"
+    shutil.copytree(assets / "llama", folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    config["model"]["teacher"] = str(folder)
+    assert "truncated" in refused()
+
+
+@pytest.fixture
+def checkpoint(config, distill, tmp_path) -> Path:
+    """A checkpoint of two steps outside any run directory."""
+    config["trainer"]["max_steps"] = 2
+    cli = distill("fit", config)
+    path = tmp_path / "two.ckpt"
+    shutil.copy(Path(cli.trainer.log_dir, "checkpoints", "last.ckpt"), path)
+    shutil.rmtree(tmp_path / "lightning_logs")
+    return path
+
+
+def test_bad_checkpoints(config, refused, checkpoint, tmp_path):
+    assert "does not exist" in refused("--ckpt_path", "nowhere.ckpt")
+    cut = tmp_path / "cut.ckpt"
+    cut.write_bytes(checkpoint.read_bytes()[:2000])
+    assert "truncated" in refused("--ckpt_path", str(cut))
+    content = torch.load(checkpoint, weights_only=True)
+    newer = content | {"distill": content["distill"] | {"format": 99}}
+    torch.save(newer, tmp_path / "newer.ckpt")
+    assert "format 99 is newer" in refused("--ckpt_path", str(tmp_path / "newer.ckpt"))
+    torch.save({k: v for k, v in content.items() if k != "distill"}, tmp_path / "alien.ckpt")
+    assert "no checkpoint of distill" in refused("--ckpt_path", str(tmp_path / "alien.ckpt"), subcommand="validate")
+    config["model"]["student_layers"] = 3
+    assert "student_layers 2 -> 3" in refused("--ckpt_path", str(checkpoint))
+
+
+def test_vocabulary_padding_is_no_error(config, distill, assets):
+    del config["model"]["student_layers"]
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config["model"]["student_config"] = {"model_type": "llama", "vocab_size": 384, **sizes}
+    config["trainer"]["max_steps"] = 2
+    metrics = distill("fit", config).trainer.callback_metrics
+    assert torch.isfinite(metrics["val/loss"])
