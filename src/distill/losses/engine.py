@@ -48,7 +48,7 @@ class EngineOutput:
     """What one call returns.
 
     Args:
-        loss: kd_weight * kd_sum + lm_weight * lm_sum, differentiable.
+        loss: kd_weight * kd_sum + lm_weight * lm_sum, differentiable unless both weights are 0 or None.
         kd_sum: summed KD loss in nats, coefficient and T^2 included, detached; None if not asked for.
         lm_sum: summed LM loss in nats, detached; None if not asked for.
         stats: weight-free sums; None if not asked for.
@@ -87,7 +87,7 @@ def distillation_loss(
         temperature: KD temperature T.
         kd_weight: factor on the summed KD loss, normaliser included. None: not computed. 0: value without gradient.
         lm_weight: the same for the LM loss.
-        shared_vocab: ids that KD compares, the first ones of both vocabularies; the smaller vocabulary when None.
+        shared_vocab: ids that KD compares, the first ones of both vocabularies; those that both have when None.
         chunk_size: tokens at a time; chosen by a memory budget when None.
         metrics: also return the weight-free statistics (validation).
 
@@ -95,13 +95,13 @@ def distillation_loss(
         Loss, raw sums in nats and statistics.
 
     Raises:
-        UserError: sparse targets at another temperature than theirs; sampled targets without forward KL.
+        UserError: sparse targets at another temperature or for a larger vocabulary; sampled targets without forward KL.
     """
     if kd_weight is None:
         kd = None
     if kd is not None:
         assert targets is not None, "KD needs targets"
-        _refuse_unsuitable(targets, kd, temperature)
+        _refuse_unsuitable(targets, kd, temperature, student_head.vocab_size)
     elif not metrics:
         targets = None  # the teacher's head is not even read
     head = student_head.whole()
@@ -109,7 +109,9 @@ def distillation_loss(
     learns = torch.is_grad_enabled() and bool(kd_weight or lm_weight)
     needs = tuple(learns and x is not None and x.requires_grad for x in inputs)
     with torch.no_grad():
-        task = Task(kd, temperature, kd_weight, lm_weight, shared_vocab, metrics, needs)
+        both = _shared_vocab(head.vocab_size, targets)
+        assert shared_vocab is None or shared_vocab <= both, "shared ids exceed a vocabulary"
+        task = Task(kd, temperature, kd_weight, lm_weight, shared_vocab or both, metrics, needs)
         values, gradients = walk(student_hidden_ND, head, labels_N, targets, task, chunk_size)
         loss = torch.zeros((), dtype=wide_dtype(student_hidden_ND), device=student_hidden_ND.device)
         kd_sum = lm_sum = None
@@ -125,9 +127,22 @@ def distillation_loss(
     return EngineOutput(loss, kd_sum, lm_sum, stats)
 
 
-def _refuse_unsuitable(targets: Targets, kd: KDLoss, temperature: float) -> None:
+def _shared_vocab(student_vocab: int, targets: Targets | None) -> int:
+    """Ids that both sides have: what padding of one vocabulary adds is left out."""
+    if targets is None:
+        return student_vocab
+    return min(student_vocab, targets.head.vocab_size if isinstance(targets, DenseTargets) else targets.vocab_size)
+
+
+def _refuse_unsuitable(targets: Targets, kd: KDLoss, temperature: float, student_vocab: int) -> None:
+    """UserError for sparse targets that were made for another run."""
     if isinstance(targets, DenseTargets):
         return
+    if targets.vocab_size > student_vocab:
+        raise UserError(
+            f"vocabulary: the teacher's stored targets cover {targets.vocab_size} ids but the student has "
+            f"{student_vocab}; make them anew for this student"
+        )
     if not math.isclose(targets.temperature, temperature, rel_tol=1e-6):
         raise UserError(
             f"temperature: {temperature:g} but the teacher's stored targets were made at {targets.temperature:g}; "

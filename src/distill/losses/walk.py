@@ -32,7 +32,7 @@ class Task:
         kd: the divergence, or None for no KD loss.
         temperature: KD temperature T.
         kd_weight, lm_weight: factors in the gradient. None: that loss is not computed. 0: without gradient.
-        shared_vocab: ids that KD compares; the smaller vocabulary when None.
+        shared_vocab: ids that KD compares.
         metrics: whether to find the weight-free statistics too.
         needs: whether hidden states, head weight and head bias want a gradient.
     """
@@ -41,7 +41,7 @@ class Task:
     temperature: float
     kd_weight: float | None
     lm_weight: float | None
-    shared_vocab: int | None
+    shared_vocab: int
     metrics: bool
     needs: tuple[bool, ...]
 
@@ -213,24 +213,21 @@ def _block(
     height, vocab = block.stop - block.start, student.head.vocab_size
     student_RV = student.finished(block, buffers.get(5, height, vocab))
     teacher_RV = teacher.finished(block, buffers.get(6, height, teacher.head.vocab_size)) if teacher else None
-    shared = min(vocab, vocab if teacher is None else teacher.head.vocab_size)
-    if task.shared_vocab is not None:
-        assert task.shared_vocab <= shared, "shared ids exceed a vocabulary"
-        shared = task.shared_vocab
-
     found: dict[str, Tensor] = {}
     if task.metrics:
-        found |= statistics_rows(student_RV, teacher_RV, labels_R, shared, buffers)
+        found |= statistics_rows(student_RV, teacher_RV, labels_R, task.shared_vocab, buffers)
     kd_grad_RS = lm_grad_RV = None
     if task.kd is not None:
-        student_RS, learns = student_RV[:, :shared], any(task.needs) and task.kd_factor > 0
+        student_RS, learns = student_RV[:, : task.shared_vocab], any(task.needs) and task.kd_factor > 0
         if isinstance(targets, TopKTargets):
             result = top_k_rows(task.kd, student_RS, targets.rows(rows), task.temperature, buffers, learns)
         elif isinstance(targets, SampledTargets):
             result = sampled_rows(student_RS, targets.rows(rows), task.temperature, buffers, learns)
         else:
             assert teacher_RV is not None
-            result = dense_rows(task.kd, student_RS, teacher_RV[:, :shared], task.temperature, buffers, learns)
+            result = dense_rows(
+                task.kd, student_RS, teacher_RV[:, : task.shared_vocab], task.temperature, buffers, learns
+            )
         found["kd"], kd_grad_RS = result
     if task.lm_weight is not None:
         learns = any(task.needs) and task.lm_weight > 0

@@ -7,7 +7,7 @@ KL only, and noisy. Both are bound to the temperature that they were made at.
 Shapes: N tokens, D teacher hidden width, V shared vocabulary, K ids kept, S distinct ids drawn.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,15 +38,17 @@ class TopKTargets:
         ids_NK: distinct ids per row, inside the shared vocabulary, int64.
         logprobs_NK: their log-probabilities under the whole shared vocabulary, not renormalised.
         temperature: that the probabilities were made at.
+        vocab_size: V, the ids that they were normalised over; the student's softmax is cut to the same.
     """
 
     ids_NK: Tensor
     logprobs_NK: Tensor
     temperature: float
+    vocab_size: int
 
     def rows(self, rows: slice) -> "TopKTargets":
         """The targets of some tokens."""
-        return TopKTargets(self.ids_NK[rows], self.logprobs_NK[rows], self.temperature)
+        return replace(self, ids_NK=self.ids_NK[rows], logprobs_NK=self.logprobs_NK[rows])
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +60,7 @@ class SampledTargets:
         counts_NS: how often each was drawn; 0 marks an unused place.
         entropy_N: exact entropy of the teacher's distribution in nats.
         temperature: that the distribution was made at.
+        vocab_size: V, the ids that it was normalised over; the student's softmax is cut to the same.
 
     Source:
         Sparse Logit Sampling, arXiv 2503.16870.
@@ -67,10 +70,11 @@ class SampledTargets:
     counts_NS: Tensor
     entropy_N: Tensor
     temperature: float
+    vocab_size: int
 
     def rows(self, rows: slice) -> "SampledTargets":
         """The targets of some tokens."""
-        return SampledTargets(self.ids_NS[rows], self.counts_NS[rows], self.entropy_N[rows], self.temperature)
+        return replace(self, ids_NS=self.ids_NS[rows], counts_NS=self.counts_NS[rows], entropy_N=self.entropy_N[rows])
 
 
 Targets = DenseTargets | TopKTargets | SampledTargets
@@ -99,7 +103,7 @@ def top_k_targets(targets: DenseTargets, k: int, temperature: float, shared_voca
     """
     vocab = targets.head.vocab_size if shared_vocab is None else shared_vocab
     parts = [teacher_logprobs(t, temperature, vocab).topk(min(k, vocab), dim=-1) for t in _chunked(targets)]
-    return TopKTargets(torch.cat([p.indices for p in parts]), torch.cat([p.values for p in parts]), temperature)
+    return TopKTargets(torch.cat([p.indices for p in parts]), torch.cat([p.values for p in parts]), temperature, vocab)
 
 
 @torch.no_grad()
@@ -136,4 +140,4 @@ def sampled_targets(
             .scatter_add_(1, place_NS, torch.ones_like(place_NS, dtype=probs_NV.dtype))
         )
         entropy.append(-torch.xlogy(probs_NV, probs_NV).sum(-1))
-    return SampledTargets(torch.cat(ids), torch.cat(counts), torch.cat(entropy), temperature)
+    return SampledTargets(torch.cat(ids), torch.cat(counts), torch.cat(entropy), temperature, vocab)
