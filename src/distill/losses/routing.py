@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from distill.breakdown import WEIGHT_KEY
+from distill.curriculum import round_half_up
 from distill.errors import UserError, did_you_mean
 from distill.losses.routing_terms import (
     attention_alignment,
@@ -304,11 +305,6 @@ def spread(count: int, among: list[int]) -> list[int]:
     if count > len(among):
         raise UserError(f"teacher_layers: {count} are more than the teacher's {len(among)} layers; lower it")
     return [among[(2 * i + 1) * len(among) // (2 * count)] for i in range(count)]
-
-
-def round_half_up(x: float) -> int:
-    """Nearest integer, halves upwards."""
-    return math.floor(x + 0.5)
 
 
 def check_layers(key: str, layers: list[int], depth: int) -> None:
