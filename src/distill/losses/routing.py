@@ -221,7 +221,8 @@ class Routing(nn.Module):
                 rows_R, states_RD = positions_N, states_ND
                 valid_N = torch.arange(len(positions_N), device=positions_N.device)
             mixture = ALIGNMENT in wanted or FEATURE in wanted
-            projected_RD = self.projections[i](states_RD) if mixture and self.projections else None
+            project = FEATURE in wanted or (mixture and self.tau < math.inf)
+            projected_RD = self.projections[i](states_RD) if project else None
             routed = self._route(view, record.layers[view.layer], rows_R, valid_N, projected_RD, k, mixture)
             gates_NE = routed.gates_NE.index_select(0, valid_N)
             stats.append(usage_stats(routed, gates_NE, valid_N))
