@@ -9,9 +9,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 import yaml
-from tiny import tiny_llama, tiny_qwen3_moe
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from tiny import tiny_llama, tiny_qwen3_moe
 
 VOCABULARY = 320
 

@@ -1,5 +1,7 @@
 """Bugs planted in real runs: each must stop the run and be named."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,9 +15,9 @@ def plant(monkeypatch, bug):
     true = DistillationModule.losses
 
     def losses(self, batch, share, metrics=False):
-        total, breakdown, stats = true(self, batch, share, metrics)
-        total, breakdown = bug(self, total, breakdown)
-        return total, breakdown, stats
+        result = true(self, batch, share, metrics)
+        total, breakdown = bug(self, result.total, result.breakdown)
+        return replace(result, total=total, breakdown=breakdown)
 
     monkeypatch.setattr(DistillationModule, "losses", losses)
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import log_of
-from training_log import parse
 
+from conftest import log_of
 from distill.callbacks.curriculum import Curriculum
+from training_log import parse
 
 ROUTING = ["feature_matching_loss", "expert_importance_loss", "load_balancing_loss", "attention_alignment_loss"]
 
@@ -193,8 +193,16 @@ def test_the_last_step_is_validated_and_saved_wherever_the_epoch_stands(distill,
 
 def test_weights_and_temperature_override(distill, config):
     cli = distill(
-        "fit", config, "--trainer.max_steps", "3", "--curriculum.kd", "0.9", "--curriculum.temperature", "3.0",
-        "--train_debug", "null",
+        "fit",
+        config,
+        "--trainer.max_steps",
+        "3",
+        "--curriculum.kd",
+        "0.9",
+        "--curriculum.temperature",
+        "3.0",
+        "--train_debug",
+        "null",
     )
     blocks = parse(log_of(cli))
     assert not by_kind(blocks, "TRAIN DEBUG")

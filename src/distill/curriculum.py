@@ -8,6 +8,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from distill.errors import UserError
 
@@ -63,7 +64,7 @@ def check_schedule(key: str, schedule: Schedule, minimum: float = 0.0, exclusive
     if not knots or any(len(knot) != 2 for knot in knots):
         raise UserError(f"curriculum.{key}: {schedule} is not a schedule: give a number or a list of [progress, value]")
     places = [knot[0] for knot in knots]
-    if any(not 0 <= place <= 1 for place in places) or any(b <= a for a, b in zip(places, places[1:], strict=False)):
+    if any(not 0 <= place <= 1 for place in places) or any(b <= a for a, b in pairwise(places)):
         raise UserError(f"curriculum.{key}: knots out of order in {schedule}: progress must ascend within [0, 1]")
     for _, value in knots:
         if not math.isfinite(value) or value < minimum or (exclusive and value == minimum):

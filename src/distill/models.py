@@ -20,9 +20,11 @@ from transformers import (
 
 from distill.cut import cut_layers
 from distill.errors import UserError, did_you_mean
+from distill.losses.head import lm_head_of
 from distill.sources import model_folder, quiet_transformers, resolve
 
 __all__ = [
+    "build_student",
     "check_packing",
     "check_vocabularies",
     "cut_layers",
@@ -238,6 +240,42 @@ def check_vocabularies(
 
 
 @torch.no_grad()
+def build_student(
+    teacher: PreTrainedModel,
+    teacher_source: str,
+    *,
+    student: str | None,
+    student_layers: int | list[int] | None,
+    student_config: str | dict[str, Any] | None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> PreTrainedModel:
+    """A student in fp32 with the teacher's tokenizer, from exactly one of weights, teacher layers and configuration.
+
+    Raises:
+        UserError: as the loaders do; ids that mean different tokens, or fewer of them than the tokenizer has.
+    """
+    if student_layers is not None:
+        return cut_layers(teacher, student_layers)
+    tokenizer = load_tokenizer(teacher_source, trust_remote_code=trust_remote_code, key="model.teacher")
+    if student_config is not None:
+        key, vocab_size = "model.student_config", lm_head_of(teacher).vocab_size
+        model = student_from_config(student_config, vocab_size=vocab_size, trust_remote_code=trust_remote_code, key=key)
+    else:
+        assert student is not None
+        key = "model.student"
+        model = load_model(student, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, key=key)
+        own_tokenizer = load_tokenizer(student, trust_remote_code=trust_remote_code, key=key)
+        check_vocabularies(tokenizer, own_tokenizer, key)
+    rows = lm_head_of(model).vocab_size
+    if rows < len(tokenizer):
+        raise UserError(
+            f"{key}: a vocabulary of {rows} ids is smaller than the {len(tokenizer)} of the teacher's tokenizer; "
+            "give a student that has them all"
+        )
+    return model
+
+
 def check_packing(model: PreTrainedModel, key: str = "model.teacher") -> None:
     """Refuse a model in which the documents of a packed row see each other.
 

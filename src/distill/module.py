@@ -17,19 +17,16 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distill import models
+from distill import checkpoints, models
 from distill.breakdown import WEIGHT_KEY, LossBreakdown
 from distill.curriculum import WEIGHT_KEYS, CurriculumState
 from distill.errors import UserError
-from distill.losses.engine import KDLoss, distillation_loss
-from distill.losses.head import lm_head_of
+from distill.losses.engine import KDLoss
 from distill.losses.routing import UNIT, Routing
 from distill.metrics import DistillationMetrics
+from distill.objective import Losses, objective
 from distill.optim import adamw, warmup_cosine
 from distill.teachers.online import OnlineTeacher, decode
-from distill.teachers.targets import DenseTargets
-
-CHECKPOINT_FORMAT = 1
 
 
 class DistillationModule(L.LightningModule):
@@ -89,7 +86,9 @@ class DistillationModule(L.LightningModule):
                 f"({', '.join(chosen) or 'none'}): give exactly one"
             )
         if kd_loss is None and not lm_loss and routing is None:
-            raise UserError("model.kd_loss: null with lm_loss false and no routing leaves nothing to train: give a loss")
+            raise UserError(
+                "model.kd_loss: null with lm_loss false and no routing leaves nothing to train: give a loss"
+            )
         for key, rate in (("learning_rate", learning_rate), ("router_learning_rate", router_learning_rate)):
             if rate is not None and not rate > 0:
                 raise UserError(f"model.{key}: {rate} must be above 0")
@@ -99,7 +98,7 @@ class DistillationModule(L.LightningModule):
         if chunk_size is not None and chunk_size < 1:
             raise UserError(f"model.chunk_size: {chunk_size} must be at least 1 (null = by a byte budget)")
         self.teacher_source = teacher
-        self.student_sources = given
+        self.student_sources: dict[str, Any] = given
         self.kd_loss = kd_loss
         self.routing = routing
         self.learning_rate = learning_rate
@@ -112,16 +111,18 @@ class DistillationModule(L.LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.matmul_precision = matmul_precision
         self.chunk_size = chunk_size
-        self.load_options = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+        self.load_options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
 
         configured = {"kd_loss": kd_loss is not None, "lm_loss": lm_loss}
-        configured |= {name: True for name in (routing.components if routing else [])}
+        configured |= dict.fromkeys(routing.components if routing else [], True)
         self.components = [name for name in WEIGHT_KEY if configured.get(name)]
         self.curriculum = CurriculumState(0, 0.0, dict.fromkeys(WEIGHT_KEYS, 1.0), 1.0, None)
         self.measure_inactive = False
         self.student: PreTrainedModel | None = None
         self.teacher: OnlineTeacher | None = None
         self.grad_norm: Tensor | None = None
+        self._window = torch.zeros(0)
+        self._tokens, self._tokens_since = 0, 0.0
         self.metrics = DistillationMetrics()
 
     # Set-up
@@ -145,35 +146,16 @@ class DistillationModule(L.LightningModule):
         target = getattr(torch, dtype)
         loaded = torch.float32 if self.student_sources["student_layers"] is not None else target
         teacher = models.load_model(self.teacher_source, dtype=loaded, key="model.teacher", **self.load_options)
-        self.student = self._student(teacher)
+        self.student = models.build_student(teacher, self.teacher_source, **self.student_sources, **self.load_options)
+        if getattr(getattr(self.trainer, "datamodule", None), "packing", False):
+            models.check_packing(teacher, "model.teacher")
+            models.check_packing(self.student, "model.student")
         if self.gradient_checkpointing:
             self.student.activation_checkpointing_enable()
         self.student.train()
         if self.routing is not None:
             self.routing.build(teacher, self.student.config)
         self.teacher = OnlineTeacher(teacher.to(target))
-
-    def _student(self, teacher: PreTrainedModel) -> PreTrainedModel:
-        source, layers, config = self.student_sources.values()
-        remote = self.load_options["trust_remote_code"]
-        if layers is not None:
-            return models.cut_layers(teacher, layers, key="model.student_layers")
-        tokenizer = models.load_tokenizer(self.teacher_source, trust_remote_code=remote, key="model.teacher")
-        if config is not None:
-            student = models.student_from_config(
-                config, vocab_size=teacher.config.vocab_size, trust_remote_code=remote, key="model.student_config"
-            )
-        else:
-            student = models.load_model(source, dtype=torch.float32, key="model.student", **self.load_options)
-            theirs = models.load_tokenizer(source, trust_remote_code=remote, key="model.student")
-            models.check_vocabularies(tokenizer, theirs)
-        rows = student.get_input_embeddings().weight.shape[0]
-        if rows < len(tokenizer):
-            raise UserError(
-                f"model.{'student_config' if config is not None else 'student'}: a vocabulary of {rows} ids is smaller "
-                f"than the teacher's {len(tokenizer)}: set vocab_size to that, or take the teacher's tokenizer's student"
-            )
-        return student
 
     @property
     def num_experts(self) -> int | None:
@@ -202,81 +184,23 @@ class DistillationModule(L.LightningModule):
         """Configured component -> the curriculum's weight now, in listing order."""
         return {name: self.curriculum.weights[WEIGHT_KEY[name]] for name in self.components}
 
-    def losses(
-        self, batch: Mapping[str, Any], share: float, metrics: bool = False
-    ) -> tuple[Tensor, LossBreakdown, dict[str, Tensor]]:
-        """Total and breakdown of a batch, the only place where losses are computed and weighed.
-
-        Args:
-            batch: what the datamodule's collate returns.
-            share: factor on every (sum over units) / (units of the step): accumulation x world size in training, 1 in
-                validation, where the units are the batch's own.
-            metrics: also add the batch to the weight-free metrics.
-
-        Returns:
-            total that carries the gradient, its breakdown, and the routing statistics.
-        """
-        assert self.student is not None and self.teacher is not None
-        state, weights = self.curriculum, self.component_weights()
-        wanted = [name for name, weight in weights.items() if weight > 0 or self.measure_inactive]
-        routed = [name for name in wanted if name.startswith("routing_")]
-        factor = {kind: share / max(count, 1) for kind, count in batch["units"].items()}
-
-        needs_teacher = "kd_loss" in wanted or bool(routed) or metrics
-        record = self.routing.record(bool(routed)) if self.routing is not None else None
-        teacher_hidden = None
-        if needs_teacher:
-            if record is not None:
-                with record:
-                    teacher_hidden = self.teacher.hidden(batch)
-            else:
-                teacher_hidden = self.teacher.hidden(batch)
-        layers = [index + 1 for index in self.routing.student_layer_indices] if routed and self.routing else []
-        output = decode(self.student, batch, **({"output_hidden_states": sorted(set(layers))} if layers else {}))
-
-        positions = batch["positions"]
-        engine = distillation_loss(
-            output.last_hidden_state.flatten(0, 1).index_select(0, positions),
-            lm_head_of(self.student),
-            batch["labels"].flatten().index_select(0, positions + 1),
-            None
-            if teacher_hidden is None
-            else DenseTargets(
-                teacher_hidden.flatten(0, 1).index_select(0, positions), lm_head_of(self.teacher.model)
-            ),
+    def losses(self, batch: Mapping[str, Any], share: float, metrics: bool = False) -> Losses:
+        """The objective of a batch with the curriculum's state now; see `objective`."""
+        assert self.student is not None
+        assert self.teacher is not None
+        return objective(
+            batch,
+            self.student,
+            self.teacher,
+            self.components,
+            self.curriculum,
+            share,
             kd=self.kd_loss,
-            temperature=state.temperature,
-            kd_weight=weights["kd_loss"] * factor["tokens"] if "kd_loss" in wanted else None,
-            lm_weight=weights["lm_loss"] * factor["tokens"] if "lm_loss" in wanted else None,
+            routing=self.routing,
             chunk_size=self.chunk_size,
+            measure_inactive=self.measure_inactive,
             metrics=metrics,
         )
-        total = engine.loss
-        raw: dict[str, Tensor] = {}
-        if "kd_loss" in wanted:
-            raw["kd_loss"] = engine.kd_sum * factor["tokens"]
-        if "lm_loss" in wanted:
-            raw["lm_loss"] = engine.lm_sum * factor["tokens"]
-        if metrics:
-            self.metrics.update(engine.stats, batch["bytes"])
-
-        stats: dict[str, Tensor] = {}
-        if routed:
-            assert self.routing is not None and record is not None
-            states = [output.hidden_states[layer] for layer in layers]
-            active = [name for name in routed if weights[name] > 0]
-            for names, grad in ((active, torch.is_grad_enabled()), ([n for n in routed if n not in active], False)):
-                if names:
-                    with torch.set_grad_enabled(grad):
-                        result = self.routing(names, states, record, batch, state.top_k_experts)
-                    stats |= result.stats
-                    for name, value in result.sums.items():
-                        value = value * factor[UNIT[name]]
-                        raw[name] = value.detach()
-                        if weights[name] > 0:
-                            total = total + weights[name] * value
-        order = {name: raw[name] for name in self.components if name in raw}
-        return total, LossBreakdown(order, weights), stats
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Loss and breakdown of a micro-batch; the window's last one also returns the whole step's breakdown.
@@ -286,7 +210,8 @@ class DistillationModule(L.LightningModule):
             this micro-batch; `step`, the breakdown of the optimizer step over all ranks, or None inside a window.
         """
         accumulation = self.trainer.accumulate_grad_batches
-        total, breakdown, stats = self.losses(batch, share=accumulation * self.trainer.world_size)
+        result = self.losses(batch, share=accumulation * self.trainer.world_size)
+        total, breakdown = result.total, result.breakdown
         self.measure_inactive = False
         if isinstance(self.trainer.strategy, DDPStrategy) or not total.requires_grad:
             total = total + self._zero_anchor(breakdown)
@@ -299,12 +224,12 @@ class DistillationModule(L.LightningModule):
             step = LossBreakdown(dict(zip(breakdown.raw, mean.unbind(), strict=True)), breakdown.weights)
             self._tokens += batch["units"]["tokens"]
             if self._logs_this_step():
-                self._log_step(step, stats)
+                self._log_step(step, result.routing_stats)
         return {"loss": total, "total": total.detach(), "breakdown": breakdown, "step": step}
 
     def _logs_this_step(self) -> bool:
         """Whether loggers take what this optimizer step logs: `log` costs most of a millisecond an entry."""
-        return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
+        return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
 
     def _log_step(self, step: LossBreakdown, stats: dict[str, Tensor]) -> None:
         """Logs the optimizer step under the names of the metrics table."""
@@ -350,13 +275,16 @@ class DistillationModule(L.LightningModule):
         Returns:
             `total` and `breakdown`, as the training step does.
         """
-        total, breakdown, _ = self.losses(batch, share=1.0, metrics=True)
+        result = self.losses(batch, share=1.0, metrics=True)
+        assert result.token_stats is not None
+        self.metrics.update(result.token_stats, batch["bytes"])
+        breakdown = result.breakdown
         for index, name in enumerate(self.components):
             if name in breakdown.raw:
                 count = batch["units"][UNIT.get(name, "tokens")]
                 self._sums[0, index] += breakdown.raw[name].double() * count
                 self._sums[1, index] += count
-        return {"total": total.detach(), "breakdown": breakdown}
+        return {"total": result.total.detach(), "breakdown": breakdown}
 
     def on_validation_epoch_end(self) -> None:
         sums, counts = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
@@ -378,7 +306,8 @@ class DistillationModule(L.LightningModule):
         Returns:
             `labels`, `student` and `teacher` token ids `[N]` at the batch's valid positions.
         """
-        assert self.student is not None and self.teacher is not None
+        assert self.student is not None
+        assert self.teacher is not None
         positions = batch["positions"]
         result = {"labels": batch["labels"].flatten().index_select(0, positions + 1)}
         hidden = {"student": decode(self.student, batch).last_hidden_state, "teacher": self.teacher.hidden(batch)}
@@ -446,30 +375,7 @@ class DistillationModule(L.LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["distill"] = {"format": CHECKPOINT_FORMAT, "settings": self.settings()}
+        checkpoint["distill"] = checkpoints.describe(self.settings())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses what cannot be loaded and warns where the configuration, which wins, says otherwise.
-
-        Raises:
-            UserError: a checkpoint of a newer format, not of this program, or of a model with other shapes.
-        """
-        stored = checkpoint.get("distill")
-        if stored is None:
-            raise UserError("ckpt_path: this is no checkpoint of distill: give one from a run's checkpoints folder")
-        if stored["format"] > CHECKPOINT_FORMAT:
-            raise UserError(
-                f"ckpt_path: format {stored['format']} is newer than {CHECKPOINT_FORMAT}: update student-aware-distillation"
-            )
-        ours, theirs = self.settings(), stored["settings"]
-        differing = [f"{key} {theirs.get(key)} -> {ours[key]}" for key in ours if theirs.get(key) != ours[key]]
-        shapes = {name: tensor.shape for name, tensor in self.state_dict().items()}
-        saved = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}
-        if shapes != saved:
-            names = sorted(n for n in shapes.keys() | saved.keys() if shapes.get(n) != saved.get(n))
-            raise UserError(
-                f"ckpt_path: {len(names)} tensors differ from this configuration's, {names[0]} first "
-                f"(changed: {', '.join(differing) or 'the models behind the names'}): use the run's own configuration"
-            )
-        if differing:
-            rank_zero_warn(f"The configuration differs from the checkpoint's and wins: {', '.join(differing)}.")
+        checkpoints.check(checkpoint, self.settings(), self.state_dict())

@@ -8,14 +8,12 @@ import logging
 import os
 import re
 import shutil
-import sys
 import warnings
 import zipfile
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -97,9 +95,11 @@ def told(error: BaseException | None) -> UserError | None:
 
 
 def shorten(message: str) -> str:
-    """One line of a jsonargparse message: of an optional class, what its own keys say, not what null would have been."""
+    """One line of a jsonargparse message; of an optional class what its own keys say, not what null would be."""
     text = " ".join(message.split())
-    union = re.search(r"(.*?)Does not validate against any of the Union subtypes .*?Errors: - (.*?)(?: - | Given)", text)
+    union = re.search(
+        r"(.*?)Does not validate against any of the Union subtypes .*?Errors: - (.*?)(?: - | Given)", text
+    )
     text = union[1] + union[2] if union else text
     text = re.sub(r"Parser key \"([\w.]+)\"", r"\1", text)
     return re.sub(r"Expected a typing.Literal\[(.*?)\]\. Got value: (\S+)", r"\2 is not one of \1", text)
@@ -192,5 +192,6 @@ def quieten() -> None:
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # LightningCLI's calls
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="The dirpath has changed from")  # every run has a directory of its own
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())

@@ -55,15 +55,13 @@ class LossAudit(Callback):
         self.back_propagated: Tensor | None = None
         self.directory: str | None = None
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         self.directory = run_directory(trainer)
 
-    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+    def on_before_backward(self, trainer: L.Trainer, pl_module: Any, loss: Tensor) -> None:
         self.back_propagated = unscaled(trainer, loss)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         assert self.back_propagated is not None
         self._read()
         self._enter(trainer, pl_module, outputs, "training", self.back_propagated, batch)
@@ -71,7 +69,7 @@ class LossAudit(Callback):
     def on_validation_batch_end(
         self,
         trainer: L.Trainer,
-        pl_module: L.LightningModule,
+        pl_module: Any,
         outputs: Any,
         batch: Any,
         batch_idx: int,
@@ -80,16 +78,16 @@ class LossAudit(Callback):
         self._read()
         self._enter(trainer, pl_module, outputs, "validation", outputs["total"], batch)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._read()
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._read()
 
     def _enter(
         self,
         trainer: L.Trainer,
-        pl_module: L.LightningModule,
+        pl_module: Any,
         outputs: Any,
         phase: str,
         back_propagated: Tensor,
@@ -98,7 +96,8 @@ class LossAudit(Callback):
         """Checks the weights at once, on the host, and queues the values, on the device."""
         breakdown: LossBreakdown = outputs["breakdown"]
         where = f"{phase} at step {pl_module.curriculum.step}"
-        curriculum = next((c for c in trainer.callbacks if isinstance(c, Curriculum)), None)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        curriculum = next((c for c in callbacks if isinstance(c, Curriculum)), None)
         state = curriculum.state_at(curriculum.step, curriculum.horizon) if curriculum else pl_module.curriculum
         for name, weight in breakdown.weights.items():
             expected = state.weights[WEIGHT_KEY[name]]

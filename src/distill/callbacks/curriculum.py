@@ -74,7 +74,7 @@ class Curriculum(Callback):
             top_k_experts=None if experts is None else round_half_up(value_at(experts, progress)),
         )
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Refuses a weight that the user set for a component that the module does not have."""
         present = {WEIGHT_KEY[name] for name in pl_module.components}
         for key, schedule in self.weights.items():
@@ -87,7 +87,7 @@ class Curriculum(Callback):
                 )
         self._set(pl_module)
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         horizon = trainer.estimated_stepping_batches
         if not math.isfinite(horizon) or horizon <= 0:
             raise UserError(f"trainer.max_steps: a horizon of {horizon} steps gives no progress: set max_steps")
@@ -105,29 +105,29 @@ class Curriculum(Callback):
         knots = self.top_k_experts if isinstance(self.top_k_experts, list) else [[0.0, self.top_k_experts]]
         peak = round_half_up(max(value for _, value in knots))
         if num_experts is None:
-            raise UserError(f"curriculum.top_k_experts: {peak} routes nothing here: configure model.routing, or leave it out")
+            raise UserError(
+                f"curriculum.top_k_experts: {peak} routes nothing here: configure model.routing, or leave it out"
+            )
         if peak > num_experts:
             raise UserError(
-                f"curriculum.top_k_experts: {peak} is above the teacher's {num_experts} experts: give at most {num_experts}"
+                f"curriculum.top_k_experts: {peak} is above the teacher's {num_experts} experts: give no more than those"
             )
 
-    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.step = trainer.global_step
         self._set(pl_module)
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.step = trainer.global_step
         self._set(pl_module)
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._set(pl_module)
 
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_test_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._set(pl_module)
 
-    def _set(self, pl_module: L.LightningModule) -> None:
+    def _set(self, pl_module: Any) -> None:
         state = self.state_at(self.step, self.horizon)
         if pl_module.curriculum != state:
             pl_module.curriculum = state

@@ -3,7 +3,7 @@
 Reads: `trainer.callback_metrics` and the weights that the module's validation returned. Writes and logs nothing.
 """
 
-from typing import final
+from typing import Any, final
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -37,10 +37,10 @@ class Evaluation(Callback):
         self.first: dict[str, float] = {}
         self.last: dict[str, float] = {}
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         self.directory = run_directory(trainer)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.sanity_checking and trainer.num_sanity_val_steps != float("inf"):
             return
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
@@ -54,7 +54,7 @@ class Evaluation(Callback):
         self.first = self.first or metrics
         self.last = metrics
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not self.last or not trainer.is_global_zero:
             return
         table = Table(title="Validation", title_justify="left")

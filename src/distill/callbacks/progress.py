@@ -24,9 +24,7 @@ class ProgressBar(RichProgressBar):
         self.shown: dict[str, Any] = {}
         self.read_at = 0.0
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.outputs = outputs
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
@@ -37,7 +35,7 @@ class ProgressBar(RichProgressBar):
         values = {"loss": self.outputs["total"], **self.outputs["breakdown"].scaled}
         return {name: float(value) for name, value in values.items()}
 
-    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+    def get_metrics(self, trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
         if trainer.training and time.monotonic() - self.read_at > 1.0:
             self.shown = {name: f"{value:.4f}" for name, value in self.figures().items()}
             if trainer.optimizers:

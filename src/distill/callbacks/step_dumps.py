@@ -37,29 +37,25 @@ class StepDump(Callback, ABC):
         self.first_steps = first_steps
         self.directory: str | None = None
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         self.directory = run_directory(trainer)
 
     def is_due(self, step: int) -> bool:
         """Whether optimizer step `step` has a block."""
         return step < self.first_steps or step % self.every_n_steps == 0
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self.is_due(trainer.global_step):
             pl_module.measure_inactive = True
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if outputs["step"] is not None and self.is_due(pl_module.curriculum.step) and trainer.is_global_zero:
             text = self.render(pl_module, outputs["step"])
             if text is not None:
                 emit(trainer, self.directory, text)
 
     @abstractmethod
-    def render(self, pl_module: L.LightningModule, breakdown: LossBreakdown) -> str | None:
+    def render(self, pl_module: Any, breakdown: LossBreakdown) -> str | None:
         """The block of one optimizer step, None where there is nothing to show."""
 
 
@@ -67,21 +63,19 @@ class StepDump(Callback, ABC):
 class CurriculumDump(StepDump):
     """Prints the curriculum's weights; `lm` follows where that component is configured."""
 
-    def render(self, pl_module: L.LightningModule, breakdown: LossBreakdown) -> str:
+    def render(self, pl_module: Any, breakdown: LossBreakdown) -> str:
         state = pl_module.curriculum
         present = {WEIGHT_KEY[name] for name in pl_module.components}
         keys = ["kd", "feature", "attention", "layerwise", "contrastive", *(["lm"] if "lm" in present else [])]
         rows = [f"    {key}: {state.weights[key] if key in present else 0.0:.4f}" for key in keys]
-        return block(
-            f"[CURRICULUM] Step {state.step}, Progress {state.progress:.1%}", ["  Curriculum weights:", *rows]
-        )
+        return block(f"[CURRICULUM] Step {state.step}, Progress {state.progress:.1%}", ["  Curriculum weights:", *rows])
 
 
 @final
 class KDLossDump(StepDump):
     """Prints raw value, weight and weighted value of `kd_loss`, nats per token."""
 
-    def render(self, pl_module: L.LightningModule, breakdown: LossBreakdown) -> str | None:
+    def render(self, pl_module: Any, breakdown: LossBreakdown) -> str | None:
         if "kd_loss" not in breakdown.weights:
             return None
         raw, weight = float(breakdown.raw["kd_loss"]), breakdown.weights["kd_loss"]
@@ -99,7 +93,7 @@ class KDLossDump(StepDump):
 class RoutingLossesDump(StepDump):
     """Prints raw value, weight and scaled value of every configured routing loss."""
 
-    def render(self, pl_module: L.LightningModule, breakdown: LossBreakdown) -> str | None:
+    def render(self, pl_module: Any, breakdown: LossBreakdown) -> str | None:
         lines = []
         for name, weight in breakdown.weights.items():
             if name.startswith("routing_"):

@@ -1,0 +1,45 @@
+"""What a checkpoint says of itself, so that one that cannot be meant is refused in a sentence before it is loaded.
+
+The configuration beats the checkpoint; the price is that a differing one must be told, which is done in a warning.
+"""
+
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from distill.errors import UserError
+
+FORMAT = 1
+
+
+def describe(settings: dict[str, Any]) -> dict[str, Any]:
+    """The entry that a checkpoint carries under `distill`."""
+    return {"format": FORMAT, "settings": settings}
+
+
+def check(checkpoint: dict[str, Any], settings: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """Refuses what cannot be loaded into `state` and warns where the settings differ.
+
+    Raises:
+        UserError: a checkpoint of a newer format, not of this program, or of tensors with other shapes.
+    """
+    stored = checkpoint.get("distill")
+    if stored is None:
+        raise UserError("ckpt_path: this is no checkpoint of distill: give one from a run's checkpoints folder")
+    if stored["format"] > FORMAT:
+        raise UserError(
+            f"ckpt_path: format {stored['format']} is newer than {FORMAT}: update student-aware-distillation"
+        )
+    theirs = stored["settings"]
+    differing = [f"{key} {theirs.get(key)} -> {value}" for key, value in settings.items() if theirs.get(key) != value]
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    saved = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}
+    if shapes != saved:
+        names = sorted(n for n in shapes.keys() | saved.keys() if shapes.get(n) != saved.get(n))
+        raise UserError(
+            f"ckpt_path: {len(names)} tensors differ from this configuration's, {names[0]} first "
+            f"(changed: {', '.join(differing) or 'the models behind the names'}): use the run's own configuration"
+        )
+    if differing:
+        rank_zero_warn(f"The configuration differs from the checkpoint's and wins: {', '.join(differing)}.")
