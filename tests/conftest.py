@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from tiny import tiny_llama, tiny_qwen3_moe
 
 VOCABULARY = 320
+torch.set_num_threads(1)  # tiny tensors: two threads only wait for each other
 
 
 def text_of_stdlib(characters: int) -> str:

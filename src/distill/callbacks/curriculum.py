@@ -110,7 +110,7 @@ class Curriculum(Callback):
             )
         if peak > num_experts:
             raise UserError(
-                f"curriculum.top_k_experts: {peak} is above the teacher's {num_experts} experts: give no more than those"
+                f"curriculum.top_k_experts: {peak} is above the teacher's {num_experts} experts: give at most those"
             )
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: Any) -> None:
