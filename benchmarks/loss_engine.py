@@ -1,8 +1,8 @@
 """What the KD loss costs beside its peers and beside its own matrix products: CPU time, peak memory, gradient error.
 
 Every figure comes from a fresh process on one thread; rounds are interleaved over the methods and the median is shown,
-because a machine's speed drifts. That makes the benchmark slow: the default block takes about ten minutes, `--all` an
-hour or more.
+because a machine's speed drifts. That makes the benchmark slow: the default block takes ten to thirty minutes, `--all`
+hours.
 
     pip install --no-deps trl==1.16.0 liger-kernel==0.8.5   # the `benchmark` extra, without their dependencies
     python benchmarks/loss_engine.py [--all] [--repeats 3]
@@ -31,7 +31,7 @@ from torch.nn.functional import kl_div
 STUDENT_WIDTH, TEACHER_WIDTH = 576, 1024
 LIMIT_GB = 16
 # Peak in units of one fp32 logit matrix, to leave out what would not fit: measured once, see the printed tables.
-LOGIT_COPIES = {"naive": {"forward_kl": 5, "jsd": 9}, "trl": {"forward_kl": 9, "jsd": 17}}
+LOGIT_COPIES = {"naive": {"forward_kl": 7, "jsd": 9}, "trl": {"forward_kl": 7, "jsd": 15}}
 METHODS = ("bound", "distill", "distill low-memory", "naive", "trl", "liger", "liger compiled")
 EAGER_PEERS = ("naive", "trl", "liger")
 
@@ -193,7 +193,7 @@ def fits(method: str, divergence: str, tokens: int, vocab: int) -> bool:
 
 def block(tokens: int, vocab: int, precision: str, repeats: int) -> dict[tuple[str, str], dict[str, float]]:
     """Measures and prints one table; returns (method, divergence) -> figures."""
-    print(f"\n{tokens} tokens, vocabulary {vocab}, hidden {STUDENT_WIDTH}/{TEACHER_WIDTH}, {precision}")
+    print(f"\n{tokens} tokens, vocabulary {vocab}, hidden {STUDENT_WIDTH}/{TEACHER_WIDTH}, {precision}", flush=True)
     methods = [m for m in METHODS if precision != "medium" or m in ("bound", "distill")]
     wanted = [(m, d) for d in ("forward_kl", "jsd") for m in methods if not (m == "bound" and d == "jsd")]
     cells = {key: Cell(key[0], key[1], tokens, vocab, precision) for key in wanted if fits(*key, tokens, vocab)}
