@@ -69,7 +69,7 @@ class DistillationModule(L.LightningModule):
         weight_decay: float = 0.01,
         betas: tuple[float, float] = (0.9, 0.95),
         warmup_steps: int = 0,
-        min_learning_rate_ratio: float = 0.0,
+        min_learning_rate_ratio: float = 0.01,
         teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         gradient_checkpointing: bool = False,
         matmul_precision: Literal["highest", "high", "medium"] = "highest",
