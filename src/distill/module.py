@@ -22,6 +22,7 @@ from distill.breakdown import WEIGHT_KEY, LossBreakdown
 from distill.curriculum import WEIGHT_KEYS, CurriculumState
 from distill.errors import UserError
 from distill.losses.engine import KDLoss
+from distill.losses.head import check_lm_head, lm_head_of
 from distill.losses.routing import UNIT, Routing
 from distill.metrics import DistillationMetrics
 from distill.objective import Losses, objective
@@ -46,7 +47,9 @@ class DistillationModule(L.LightningModule):
         betas: of AdamW.
         warmup_steps: optimizer steps of linear warm-up before the cosine.
         min_learning_rate_ratio: where the cosine ends, as a share of the peak.
-        teacher_dtype: auto = float32 where the trainer's precision is 32-true, else bfloat16.
+        teacher_top_k: experts per token of a MoE teacher's forward pass, which makes the target of `kd_loss`: a number,
+            native or all. Routing losses read the states of the same pass and choose by the native number all the same.
+        teacher_dtype: auto = the trainer's precision where that is 32-true or 64-true, else bfloat16.
         gradient_checkpointing: recompute the student's activations in the backward pass.
         matmul_precision: of float32 matrix products (`torch.set_float32_matmul_precision`). On CPUs with bf16 units
             "medium" runs them in bf16 with float32 results; on GPUs "high" is TF32.
@@ -70,6 +73,7 @@ class DistillationModule(L.LightningModule):
         betas: tuple[float, float] = (0.9, 0.95),
         warmup_steps: int = 0,
         min_learning_rate_ratio: float = 0.01,
+        teacher_top_k: int | Literal["native", "all"] = "native",
         teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         gradient_checkpointing: bool = False,
         matmul_precision: Literal["highest", "high", "medium"] = "highest",
@@ -95,6 +99,8 @@ class DistillationModule(L.LightningModule):
         for key, least in (("warmup_steps", warmup_steps), ("weight_decay", weight_decay)):
             if least < 0:
                 raise UserError(f"model.{key}: {least} must be at least 0")
+        if isinstance(teacher_top_k, int) and teacher_top_k < 1:
+            raise UserError(f"model.teacher_top_k: {teacher_top_k} must be at least 1, native or all")
         if chunk_size is not None and chunk_size < 1:
             raise UserError(f"model.chunk_size: {chunk_size} must be at least 1 (null = by a byte budget)")
         self.teacher_source = teacher
@@ -107,6 +113,7 @@ class DistillationModule(L.LightningModule):
         self.betas = betas
         self.warmup_steps = warmup_steps
         self.min_learning_rate_ratio = min_learning_rate_ratio
+        self.teacher_top_k = teacher_top_k
         self.teacher_dtype = teacher_dtype
         self.gradient_checkpointing = gradient_checkpointing
         self.matmul_precision = matmul_precision
@@ -140,13 +147,15 @@ class DistillationModule(L.LightningModule):
         if self.student is not None:
             return
         torch.set_float32_matmul_precision(self.matmul_precision)
-        dtype = self.teacher_dtype
+        dtype: str = self.teacher_dtype
         if dtype == "auto":
-            dtype = "float32" if self.trainer.precision in ("32-true", "64-true") else "bfloat16"
+            dtype = {"32-true": "float32", "64-true": "float64"}.get(self.trainer.precision, "bfloat16")
         target = getattr(torch, dtype)
         loaded = torch.float32 if self.student_sources["student_layers"] is not None else target
         teacher = models.load_model(self.teacher_source, dtype=loaded, key="model.teacher", **self.load_options)
         self.student = models.build_student(teacher, self.teacher_source, **self.student_sources, **self.load_options)
+        check_lm_head(teacher, lm_head_of(teacher))
+        check_lm_head(self.student, lm_head_of(self.student))
         if getattr(getattr(self.trainer, "datamodule", None), "packing", False):
             models.check_packing(teacher, "model.teacher")
             models.check_packing(self.student, "model.student")
@@ -155,7 +164,7 @@ class DistillationModule(L.LightningModule):
         self.student.train()
         if self.routing is not None:
             self.routing.build(teacher, self.student.config)
-        self.teacher = OnlineTeacher(teacher.to(target))
+        self.teacher = OnlineTeacher(teacher.to(target), self.teacher_top_k)
 
     @property
     def num_experts(self) -> int | None:
@@ -369,6 +378,7 @@ class DistillationModule(L.LightningModule):
         """What a checkpoint depends on, as plain values."""
         return {
             "teacher": self.teacher_source,
+            "teacher_top_k": self.teacher_top_k,
             **self.student_sources,
             "components": self.components,
             "routing": self.routing.settings() if self.routing is not None else None,

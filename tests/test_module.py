@@ -1,0 +1,169 @@
+"""The module on tiny models: any split of a step has one gradient, precisions, golden curve, and the other subcommands."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import log_of
+from training_log import parse
+
+from distill.callbacks.curriculum import Curriculum
+from distill.callbacks.step_dumps import CurriculumDump
+from distill.data.datamodule import DistillationDataModule
+from distill.module import DistillationModule
+from distill.program import DistillTrainer, quieten
+
+GOLDEN = Path(__file__).parent / "golden_curve.json"
+SUMS = {"feature_matching_loss": 1.0, "expert_importance_loss": 1.0, "attention_alignment_loss": 1.0}
+
+
+def final_weights(cli) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in cli.model.state_dict().items()}
+
+
+@pytest.mark.parametrize(("batch", "accumulate"), [(4, 2), (2, 4)])
+def test_any_accumulation_has_the_same_losses_and_parameters(distill, config, tmp_path, batch, accumulate):
+    """Rows of uneven length, so that a mean of means would differ; every component that is a sum over units is on."""
+    lengths = [7, 90, 20, 31, 12, 300, 55, 18]
+    words = [f"item {n} " + "abc def " * (lengths[n % 8] // 8 + 1) for n in range(120)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in words))
+    config["data"] |= {"dataset": str(tmp_path / "rows.jsonl"), "packing": False}
+    config["model"]["routing"]["losses"] = SUMS
+    config["curriculum"] = {"feature": 0.1, "attention": 0.1}
+    config["trainer"] |= {"max_steps": 6, "precision": "64-true"}
+    config["data"]["per_device_batch_size"] = 8
+    whole = distill("fit", config)
+    one = final_weights(whole)
+    config["data"]["per_device_batch_size"] = batch
+    config["trainer"]["accumulate_grad_batches"] = accumulate
+    split = distill("fit", config)
+    for name, value in final_weights(split).items():
+        torch.testing.assert_close(value, one[name], rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+    ours, theirs = split.trainer.callback_metrics, whole.trainer.callback_metrics
+    for name in ("train/loss", "val/loss", "val/kl_div_T1", "train/grad_norm"):
+        assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=1e-6)
+
+
+def test_a_short_last_window_still_divides_by_the_accumulation(distill, config):
+    """Five batches with accumulation 3: the second step of an epoch has two; its loss is still a mean over its tokens."""
+    config["trainer"] |= {
+        "max_steps": 4,
+        "accumulate_grad_batches": 3,
+        "limit_train_batches": 5,
+        "precision": "64-true",
+    }
+    config["train_debug"] = {"every_n_batches": 1}
+    config["curriculum"] = {"feature": 0.1, "attention": 0.1}
+    blocks = parse(log_of(distill("fit", config)))
+    steps = {b.step: b.values["raw"] for b in blocks if b.kind == "KD LOSS"}
+    debug = [b for b in blocks if b.kind == "TRAIN DEBUG"]
+    assert [b.step for b in debug] == [0, 0, 0, 1, 1, 2, 2, 2, 3, 3]
+    for block in debug:
+        assert block.values["grad"] == pytest.approx(block.values["sum"], abs=1e-4)
+    for step in (1, 3):  # units of two batches, divided by three: 3/2 of a plain mean each
+        window = [b.values["kd_loss"] / 0.7 for b in debug if b.step == step]
+        assert steps[step] == pytest.approx(sum(window) / 3, abs=3e-4)
+        assert window[0] / steps[step] == pytest.approx(1.5, abs=0.15)
+
+
+@pytest.mark.parametrize("changes", [{"trainer.precision": "bf16-mixed"}, {"model.gradient_checkpointing": True}])
+def test_precision_and_checkpointing_stay_close(distill, config, changes):
+    config["trainer"] |= {"max_steps": 4, "gradient_clip_val": 1.0}
+    config["curriculum"] = {"feature": 0.1, "attention": 0.1}
+    plain = distill("fit", config)
+    for path, value in changes.items():
+        section, key = path.split(".")
+        config[section][key] = value
+    other = distill("fit", config)
+    tolerance = 2e-2 if "trainer.precision" in changes else 1e-5
+    for name in ("train/loss", "val/loss", "val/kl_div_T1", "train/grad_norm"):
+        expected = float(plain.trainer.callback_metrics[name])
+        assert float(other.trainer.callback_metrics[name]) == pytest.approx(expected, rel=tolerance), name
+    assert all(p.dtype == torch.float32 for p in other.model.parameters())
+
+
+def test_golden_curve(distill, config):
+    """Twenty losses in float64, committed: whoever changes the maths must mean it and change the file too."""
+    config["trainer"] |= {"precision": "64-true", "num_sanity_val_steps": 0}
+    config["evaluation"] = None
+    curve: list[float] = []
+
+    def note(self, pl_module, breakdown):
+        curve.append(float(breakdown.total))
+
+    config["curriculum_dump"] = {"first_steps": 20}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CurriculumDump, "render", note)
+        distill("fit", config)
+    golden = [float(value) for value in json.loads(GOLDEN.read_text())]
+    assert len(curve) == 20
+    assert curve == pytest.approx(golden, rel=1e-9)
+
+
+def test_curriculum_and_optimizer_continue_after_a_resume(distill, config):
+    config["trainer"] |= {"max_steps": 8, "val_check_interval": 4}
+    unbroken = distill("fit", config)
+    path = Path(unbroken.trainer.log_dir, "checkpoints")
+    saving = {"monitor": None, "save_top_k": -1, "filename": "step={step}", "auto_insert_metric_name": False}
+    config["checkpoint"] = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saving}
+    first = distill("fit", config)
+    path = Path(first.trainer.log_dir, "checkpoints", "step=4.ckpt")
+    resumed = distill("fit", config, "--ckpt_path", str(path))
+    assert resumed.trainer.global_step == 8
+    for name, value in final_weights(resumed).items():
+        assert torch.equal(value, final_weights(unbroken)[name]), name
+    steps = [block.step for block in parse(log_of(resumed)) if block.kind == "CURRICULUM"]
+    assert steps == [4, 5, 6, 7]
+
+
+def test_the_configuration_beats_the_checkpoint_and_says_so(distill, config):
+    config["trainer"]["max_steps"] = 2
+    path = Path(distill("fit", config).trainer.log_dir, "checkpoints", "last.ckpt")
+    config["model"]["lm_loss"] = False
+    with pytest.warns(UserWarning, match="The configuration differs from the checkpoint's and wins: components"):
+        cli = distill("validate", config, "--ckpt_path", str(path))
+    assert "val/lm_loss" not in cli.trainer.callback_metrics
+
+
+def test_test_and_predict_run(distill, config):
+    tested = distill("test", config)
+    assert float(tested.trainer.callback_metrics["val/teacher_perplexity"]) > 1
+    predicted = distill("predict", config)
+    (batch,) = predicted.trainer.predict_loop.predictions
+    assert batch["student"].shape == batch["teacher"].shape == batch["labels"].shape
+
+
+def test_early_stopping_on_the_weight_free_metric(distill, config):
+    config["trainer"] |= {"max_steps": 20, "val_check_interval": 2}
+    config["model"]["learning_rate"] = 1e-9
+    stopping = {"monitor": "val/kl_div_T1", "patience": 2, "min_delta": 0.01}
+    config["early_stopping"] = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": stopping}
+    assert distill("fit", config).trainer.global_step == 6
+
+
+def test_python_use_without_a_curriculum_has_constant_weights(assets, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quieten()
+    module = DistillationModule(str(assets / "llama"), student_layers=2)
+    data = DistillationDataModule(str(assets / "text.txt"), sequence_length=32)
+    trainer = DistillTrainer(
+        max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    trainer.fit(module, data)
+    assert module.component_weights() == {"kd_loss": 1.0, "lm_loss": 1.0}
+    assert float(trainer.callback_metrics["val/loss"]) == pytest.approx(
+        float(trainer.callback_metrics["val/kd_loss"] + trainer.callback_metrics["val/lm_loss"]), rel=1e-6
+    )
+
+
+def test_weights_that_are_all_zero_train_nothing_and_break_nothing(distill, config):
+    zero = dict.fromkeys(["kd", "lm", "feature", "attention"], 0.0)
+    config["curriculum"] = zero
+    config["trainer"]["max_steps"] = 2
+    config["model"]["weight_decay"] = 0.0
+    cli = distill("fit", config)
+    fresh = distill("validate", config)
+    for name, value in fresh.model.student.state_dict().items():
+        assert torch.equal(cli.model.student.state_dict()[name], value), name
+    assert Curriculum(**zero).state_at(0, 1).weights["kd"] == 0
