@@ -7,7 +7,7 @@ from torch import nn
 import tiny
 from distill.errors import UserError
 from distill.teachers.experts import Recording, mix
-from distill.teachers.find_experts import decoder_layers, experts_per_token, find_views, moe_block, moe_layers
+from distill.teachers.find_experts import decoder_layers, find_views, moe_block, moe_layers
 
 MOE = [
     tiny.tiny_qwen3_moe,
@@ -191,25 +191,6 @@ def test_hooks_live_only_inside_an_active_recording(make):
     with pytest.raises(ValueError, match="input_ids"), recording:
         model()
     assert hooked() == 0
-
-
-@pytest.mark.parametrize("make", MOE)
-@pytest.mark.parametrize("k", [3, 4])
-def test_experts_per_token_is_the_model_configured_so(make, k):
-    model, wider = make(), make(num_experts_per_tok=k)
-    with torch.no_grad():
-        before = model(IDS).logits
-        with experts_per_token(model, k):
-            close(model(IDS).logits, wider(IDS).logits)
-        assert torch.equal(model(IDS).logits, before)
-        assert (wider(IDS).logits - before).abs().max() > 1e-3
-
-
-def test_experts_per_token_refuses_what_is_not_there():
-    with pytest.raises(UserError, match="experts per token: 5 is not between 1 and the teacher's 4 experts"):
-        experts_per_token(tiny.tiny_mixtral(), 5).__enter__()
-    with pytest.raises(UserError, match="experts per token: 2, but the teacher has no experts"):
-        experts_per_token(tiny.tiny_llama(), 2).__enter__()
 
 
 def test_unknown_routers_and_ffns_are_refused_by_name():

@@ -101,11 +101,12 @@ class MoeView:
     def route(self, capture: Capture, rows_N: Tensor, k: int, mixture: bool) -> Routed:
         """The teacher's own routing with k experts per token.
 
-        At the native k these are the captured weights and the captured sum of the outputs, bit for bit, and cost
-        nothing. Any other k runs the family's own selection again with that k, and its experts on the rows asked for.
+        At the k of the recorded forward pass, the native one unless `teacher_top_k` says otherwise, these are the
+        captured weights and the captured sum of the outputs, bit for bit, and cost nothing. Any other k runs the
+        family's own selection again with that k on the same states, and its experts on the rows asked for.
         """
         gates_NE = self.gates(capture, rows_N)
-        if k == self.native_k:
+        if k == capture["index_TK"].shape[-1]:
             kept = capture["mixture_TD"].index_select(0, rows_N) if mixture else None
             return Routed(gates_NE, capture["index_TK"].index_select(0, rows_N), kept)
         _, weights_NK, index_NK = call_router(self.router, capture["router_input_TD"].index_select(0, rows_N), k)

@@ -6,11 +6,10 @@ a softmax nor a sigmoid of its logits, or an FFN that does more after its last m
 is that a family with another kind of gate needs code here first.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -173,25 +172,36 @@ def find_views(
     return views
 
 
-@contextmanager
-def experts_per_token(teacher: PreTrainedModel, k: int) -> Iterator[None]:
-    """The teacher's own forward passes use k experts per token in every MoE block, `k = E` all of them.
+def set_experts_per_token(teacher: PreTrainedModel, top_k: int | Literal["native", "all"]) -> None:
+    """From now on the teacher's own forward passes use `top_k` experts per token in every MoE block.
+
+    The routers' `top_k` is all that the families' code reads, so the logits are those of the same weights configured
+    with that number. Views keep the native k if they were built before.
+
+    Args:
+        teacher: changed in place.
+        top_k: "native" changes nothing, "all" is the number of experts.
 
     Raises:
-        UserError: the teacher has no MoE block, or fewer experts than k.
+        UserError: the teacher has no MoE block, or fewer experts than `top_k`.
     """
+    if top_k == "native":
+        return
     blocks = [block for layer in decoder_layers(teacher) if (block := moe_block(layer)) is not None]
+    if not blocks:
+        raise UserError(
+            f"model.teacher_top_k: {top_k}, but {type(teacher).__name__} has no experts that it could choose among; "
+            "leave the key out"
+        )
     routers: list[Any] = [router_of(block) for block in blocks]
-    if not routers:
-        raise UserError(f"experts per token: {k}, but the teacher has no experts; leave the key out")
-    before = [router.top_k for router in routers]
     most = min(num_experts_of(block) for block in blocks)
+    k = most if top_k == "all" else top_k
     if not 1 <= k <= most:
-        raise UserError(f"experts per token: {k} is not between 1 and the teacher's {most} experts; change it")
-    try:
-        for router in routers:
-            router.top_k = k
-        yield
-    finally:
-        for router, native_k in zip(routers, before, strict=True):
-            router.top_k = native_k
+        raise UserError(f"model.teacher_top_k: {k} is not between 1 and the teacher's {most} experts; change it")
+    if k < (native_k := max(router.top_k for router in routers)):
+        rank_zero_warn(
+            f"model.teacher_top_k: {k} is below the teacher's own {native_k} experts per token: the targets are poorer "
+            "than what the teacher computes"
+        )
+    for router in routers:
+        router.top_k = k

@@ -4,21 +4,33 @@ The price: its device and dtype are ours to set, once, when the strategy has pla
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, device, nn
 from transformers import PreTrainedModel
 
+from distill.teachers.find_experts import set_experts_per_token
+
 
 class OnlineTeacher:
     """Runs the frozen teacher's decoder; a plain class, so that assigning it to a module registers nothing.
 
+    There is one forward pass, with `top_k` experts per token, and routing losses record this one. Their gates still
+    mean what they do natively: a gate is a function of all router logits, and the k of the selection is the recording
+    view's own. What moves with `top_k` are the states behind the first MoE block, on which later routers decide. Gates
+    of the native pass would take a second one, and would belong to other states than the target's.
+
     Args:
         model: a causal language model; put in eval mode with all gradients off.
+        top_k: experts per token of a MoE, for good: a number, "all", or "native" to leave it as it is.
+
+    Raises:
+        UserError: the model has no experts, or fewer than `top_k`.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, top_k: int | Literal["native", "all"] = "native") -> None:
+        set_experts_per_token(model, top_k)
         self.model = model.requires_grad_(False).eval()
 
     def to(self, device: device) -> None:
