@@ -1,18 +1,18 @@
-"""The module on tiny models: any split of a step has one gradient, precisions, golden curve, and the other subcommands."""
+"""The module on tiny models: any split of a step has one gradient; precisions, golden curve, the other subcommands."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import log_of
-from training_log import parse
 
+from conftest import log_of
 from distill.callbacks.curriculum import Curriculum
 from distill.callbacks.step_dumps import CurriculumDump
 from distill.data.datamodule import DistillationDataModule
 from distill.module import DistillationModule
 from distill.program import DistillTrainer, quieten
+from training_log import parse
 
 GOLDEN = Path(__file__).parent / "golden_curve.json"
 SUMS = {"feature_matching_loss": 1.0, "expert_importance_loss": 1.0, "attention_alignment_loss": 1.0}
@@ -46,7 +46,7 @@ def test_any_accumulation_has_the_same_losses_and_parameters(distill, config, tm
 
 
 def test_a_short_last_window_still_divides_by_the_accumulation(distill, config):
-    """Five batches with accumulation 3: the second step of an epoch has two; its loss is still a mean over its tokens."""
+    """Five batches with accumulation 3: the second step has two; its loss is still a mean over its tokens."""
     config["trainer"] |= {
         "max_steps": 4,
         "accumulate_grad_batches": 3,
@@ -160,7 +160,8 @@ def test_python_use_without_a_curriculum_has_constant_weights(assets, tmp_path, 
 def test_weights_that_are_all_zero_train_nothing_and_break_nothing(distill, config):
     zero = dict.fromkeys(["kd", "lm", "feature", "attention"], 0.0)
     config["curriculum"] = zero
-    config["trainer"]["max_steps"] = 2
+    config["trainer"] |= {"max_steps": 2, "log_every_n_steps": 2}
+    config |= {"curriculum_dump": {"first_steps": 0}, "kd_loss_dump": None, "routing_losses_dump": None}
     config["model"]["weight_decay"] = 0.0
     cli = distill("fit", config)
     fresh = distill("validate", config)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -212,26 +213,33 @@ class DistillationModule(L.LightningModule):
         )
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Loss and breakdown of a micro-batch; the window's last one also returns the whole step's breakdown.
+        """Loss and breakdown of a micro-batch, and of its whole optimizer step where somebody reads that.
 
         Returns:
             `loss` for Lightning, which divides it by the accumulation; `total`, the same before that; `breakdown` of
-            this micro-batch; `step`, the breakdown of the optimizer step over all ranks, or None inside a window.
+            this micro-batch; `step`, the breakdown of the whole optimizer step over all ranks, on a window's last
+            micro-batch where a logger or a dump reads it, else None.
         """
         accumulation = self.trainer.accumulate_grad_batches
         result = self.losses(batch, share=accumulation * self.trainer.world_size)
         total, breakdown = result.total, result.breakdown
-        self.measure_inactive = False
+        due, self.measure_inactive = self.measure_inactive or self._logs_this_step(), False
         if isinstance(self.trainer.strategy, DDPStrategy) or not total.requires_grad:
             total = total + self._zero_anchor(breakdown)
 
         step = None
-        values = torch.stack([value.double() for value in breakdown.raw.values()])
-        self._window = values if batch_idx % accumulation == 0 else self._window + values
-        if (batch_idx + 1) % accumulation == 0 or self.trainer.is_last_batch:
-            mean = self.trainer.strategy.reduce(self._window / accumulation, reduce_op="mean")
-            step = LossBreakdown(dict(zip(breakdown.raw, mean.unbind(), strict=True)), breakdown.weights)
+        if due:
+            parts = [value.double() / accumulation for value in breakdown.raw.values()]
+            values = torch.stack(parts) if parts else torch.zeros(0)
+            self._window = values if batch_idx % accumulation == 0 else self._window + values
+        window_ends = (batch_idx + 1) % accumulation == 0 or self.trainer.is_last_batch
+        if window_ends:
             self._tokens += batch["units"]["tokens"]
+        if due and window_ends:
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(self._window)  # unlike Lightning's reduce, without a barrier that the host waits at
+                self._window /= self.trainer.world_size
+            step = LossBreakdown(dict(zip(breakdown.raw, self._window.unbind(), strict=True)), breakdown.weights)
             if self._logs_this_step():
                 self._log_step(step, result.routing_stats)
         return {"loss": total, "total": total.detach(), "breakdown": breakdown, "step": step}
