@@ -77,3 +77,25 @@ def test_a_loss_that_is_not_finite_stops_with_its_batch(distill, config, monkeyp
     (saved,) = tmp_path.glob("lightning_logs/version_0/nonfinite_batch.pt")
     batch = torch.load(saved, weights_only=True)
     assert batch["input_ids"].shape == (4, 32)
+
+
+def test_a_gradient_that_is_not_finite_stops_even_at_the_last_step(distill, config, monkeypatch):
+    def spoil(self):
+        if self.curriculum.step == 2:
+            next(self.student.parameters()).grad[0, 0] = float("nan")
+
+    monkeypatch.setattr(DistillationModule, "on_after_backward", spoil)
+    with pytest.raises(AuditError, match="gradient: not finite in training at step 2"):
+        distill("fit", config, "--trainer.max_steps", "3", "--trainer.limit_val_batches", "0", "--checkpoint", "null")
+
+
+def test_validation_at_another_temperature_is_named(distill, config, monkeypatch):
+    true = DistillationModule.validation_step
+
+    def validation_step(self, batch, batch_idx):
+        self.curriculum = replace(self.curriculum, temperature=7.0)
+        return true(self, batch, batch_idx)
+
+    monkeypatch.setattr(DistillationModule, "validation_step", validation_step)
+    with pytest.raises(AuditError, match=r"eval bypass: validation at step 0 used .*temperature=7.0"):
+        distill("fit", config)

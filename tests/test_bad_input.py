@@ -59,6 +59,11 @@ def refused(config, tmp_path, monkeypatch, capfd):
         ("train_debug.every_n_batches", 0, r"train_debug.every_n_batches: 0: give at least 1"),
         ("model.student", "elsewhere", r"model.student: 2 of student, student_layers and student_config are given"),
         ("model.student_layers", 9, r"model.student_layers.*9.*4 layers"),
+        ("model.betas", [1.5, 2.0], r"model.betas: .1.5, 2.0. must lie in"),
+        ("model.routing.tau", -1.0, r"model.routing.tau: -1.0"),
+        ("model.routing.student_layers", [0, 99], r"model.routing.student_layers: 99 is not a layer"),
+        ("curriculum.kd", [0.3, 0.1], r"curriculum.kd: .*given: \[0.3, 0.1\]"),
+        ("trainer.val_check_interval", 100000, r"val_check_interval.*check_val_every_n_epoch=None"),
         ("model.learning_rate", 0.0, r"model.learning_rate: 0.0 must be above 0"),
         ("data.dataset", "nowhere/at_all.txt", r"data.dataset.*nowhere/at_all.txt"),
         ("data.sequence_length", 4096, r"data.sequence_length.*4096"),
@@ -71,6 +76,24 @@ def refused(config, tmp_path, monkeypatch, capfd):
 def test_one_line_names_key_value_and_remedy(config, refused, path, value, message):
     edit(config, path, value)
     assert re.search(message, refused())
+
+
+def test_a_run_without_an_end(config, refused):
+    config["trainer"] |= {"max_steps": -1, "max_epochs": -1}
+    assert "trainer.max_steps: a horizon of inf steps" in refused()
+
+
+def test_a_refusal_deletes_no_directory_that_was_there_before(config, distill, refused, tmp_path):
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": ".", "name": "own"}}
+    config["trainer"] |= {"max_steps": 2, "logger": logger}
+    logger["init_args"]["version"] = "kept"
+    distill("fit", config)
+    before = sorted(tmp_path.glob("own/kept/**/*"))
+    config["data"]["text_column"] = "no_such_column"
+    config["data"]["dataset"] = str(tmp_path / "rows.jsonl")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "a"}) + "\n")
+    refused(subcommand="validate")
+    assert sorted(tmp_path.glob("own/kept/**/*")) == before
 
 
 def test_experts_asked_of_a_moe_teacher_that_has_others(config, refused, assets):

@@ -1,6 +1,7 @@
 """The module on tiny models: any split of a step has one gradient; precisions, golden curve, the other subcommands."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from conftest import log_of
 from distill.callbacks.curriculum import Curriculum
 from distill.callbacks.step_dumps import CurriculumDump
 from distill.data.datamodule import DistillationDataModule
+from distill.errors import UserError
 from distill.module import DistillationModule
 from distill.program import DistillTrainer, quieten
 from training_log import parse
@@ -121,9 +123,49 @@ def test_the_configuration_beats_the_checkpoint_and_says_so(distill, config):
     config["trainer"]["max_steps"] = 2
     path = Path(distill("fit", config).trainer.log_dir, "checkpoints", "last.ckpt")
     config["model"]["lm_loss"] = False
-    with pytest.warns(UserWarning, match="The configuration differs from the checkpoint's and wins: components"):
+    with pytest.warns(
+        UserWarning, match="The configuration differs from the checkpoint's and wins: model.lm_loss True -> False"
+    ):
         cli = distill("validate", config, "--ckpt_path", str(path))
     assert "val/lm_loss" not in cli.trainer.callback_metrics
+
+
+def test_another_teacher_than_the_checkpoint_s_is_refused(distill, config, assets):
+    config["trainer"]["max_steps"] = 2
+    path = Path(distill("fit", config).trainer.log_dir, "checkpoints", "last.ckpt")
+    moved = path.parents[3] / "moved"
+    shutil.copytree(assets / "llama", moved)
+    config["model"]["teacher"] = str(moved)
+    with pytest.raises(UserError, match=r"model.teacher: .*moved.* but the checkpoint was made with"):
+        distill("fit", config, "--ckpt_path", str(path))
+
+
+def test_a_resume_within_an_epoch_equals_the_unbroken_run(distill, config):
+    """The horizon comes from max_epochs, accumulation leaves a short last window, validation falls inside the epoch."""
+    config["trainer"] |= {"max_steps": -1, "max_epochs": 2, "accumulate_grad_batches": 3, "val_check_interval": 4}
+    config["data"]["max_sequences"] = 42  # 11 batches an epoch: windows of 3, 3, 3 and 2
+    saving = {"monitor": None, "save_top_k": -1, "filename": "step={step}", "auto_insert_metric_name": False}
+    config["checkpoint"] = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saving}
+    unbroken = distill("fit", config)
+    saved = sorted(path.name for path in Path(unbroken.trainer.log_dir, "checkpoints").glob("step=*"))
+    assert saved == ["step=2.ckpt", "step=4.ckpt", "step=6.ckpt", "step=8.ckpt"], "at ends of windows only"
+    for name in ("step=2.ckpt", "step=6.ckpt"):
+        path = Path(unbroken.trainer.log_dir, "checkpoints", name)
+        resumed = distill("fit", config, "--ckpt_path", str(path))
+        assert resumed.trainer.global_step == unbroken.trainer.global_step == 8
+        for key, value in final_weights(unbroken).items():
+            assert torch.equal(final_weights(resumed)[key], value), (name, key)
+
+
+def test_rates_of_the_configuration_beat_the_checkpoint_s(distill, config):
+    config["trainer"]["max_steps"] = 4
+    path = Path(distill("fit", config, "--trainer.max_steps", "2").trainer.log_dir, "checkpoints", "last.ckpt")
+    config["model"] |= {"learning_rate": 1e-5, "weight_decay": 0.5, "warmup_steps": 100}
+    with pytest.warns(UserWarning):
+        cli = distill("fit", config, "--ckpt_path", str(path))
+    group = cli.trainer.optimizers[0].param_groups[0]
+    assert group["weight_decay"] == 0.5
+    assert group["lr"] == pytest.approx(1e-5 * 5 / 101)
 
 
 def test_test_and_predict_run(distill, config):
@@ -162,7 +204,7 @@ def test_weights_that_are_all_zero_train_nothing_and_break_nothing(distill, conf
     config["curriculum"] = zero
     config["trainer"] |= {"max_steps": 2, "log_every_n_steps": 2}
     config |= {"curriculum_dump": {"first_steps": 0}, "kd_loss_dump": None, "routing_losses_dump": None}
-    config["model"]["weight_decay"] = 0.0
+    config["model"]["weight_decay"] = 0.5
     cli = distill("fit", config)
     fresh = distill("validate", config)
     for name, value in fresh.model.student.state_dict().items():

@@ -104,7 +104,7 @@ def _evaluation(lines: list[str], i: int) -> tuple[Block, int]:
     block = Block("Eval", int(match[1]), {"loss": float(match[2])})
     i += 1
     while lines[i]:
-        match = _take(lines, i, rf"    ({COMPONENTS}): raw ({NUMBER}), weight ({NUMBER}), scaled ({NUMBER})")
+        match = _take(lines, i, rf"    ({COMPONENTS}): raw ({NUMBER}|nan), weight ({NUMBER}), scaled ({NUMBER})")
         block.values |= {f"{match[1]}.{key}": float(match[n]) for n, key in ((2, "raw"), (3, "weight"), (4, "scaled"))}
         i += 1
     return block, i

@@ -4,6 +4,7 @@ The values stay on the device as detached tensors; the price is that a reader wh
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -35,15 +36,17 @@ class LossBreakdown:
     raw: dict[str, Tensor]
     weights: dict[str, float]
 
-    @property
+    @cached_property
     def scaled(self) -> dict[str, Tensor]:
         """Component -> raw x weight, for the components with a weight above zero."""
         return {name: value * self.weights[name] for name, value in self.raw.items() if self.weights[name] > 0}
 
-    @property
+    @cached_property
     def total(self) -> Tensor:
         """Sum of the scaled values."""
-        return torch.stack([value.double() for value in self.scaled.values()]).sum() if self.scaled else torch.zeros(())
+        if not self.scaled:
+            return next((value.new_zeros(()) for value in self.raw.values()), torch.zeros(()))
+        return torch.stack([value.double() for value in self.scaled.values()]).sum()
 
     @property
     def active(self) -> list[str]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from distill.errors import UserError
 
 FORMAT = 1
+BINDING = ("model.teacher", "data.tokenizer", "data.packing")  # another one would mean other targets or tokens
 
 
 def describe(settings: dict[str, Any]) -> dict[str, Any]:
@@ -32,6 +33,12 @@ def check(checkpoint: dict[str, Any], settings: dict[str, Any], state: dict[str,
             f"ckpt_path: format {stored['format']} is newer than {FORMAT}: update student-aware-distillation"
         )
     theirs = stored["settings"]
+    for key in BINDING:
+        if key in settings and theirs.get(key) != settings[key]:
+            raise UserError(
+                f"{key}: {settings[key]!r}, but the checkpoint was made with {theirs.get(key)!r}: use that, or "
+                "start anew from the student's weights"
+            )
     differing = [f"{key} {theirs.get(key)} -> {value}" for key, value in settings.items() if theirs.get(key) != value]
     shapes = {name: tensor.shape for name, tensor in state.items()}
     saved = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}

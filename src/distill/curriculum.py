@@ -54,12 +54,14 @@ def value_at(schedule: Schedule, progress: float) -> float:
     return y0 + (y1 - y0) * (progress - x0) / (x1 - x0)
 
 
-def check_schedule(key: str, schedule: Schedule, minimum: float = 0.0, exclusive: bool = False) -> None:
+def check_schedule(key: str, schedule: Schedule | None, minimum: float = 0.0, exclusive: bool = False) -> None:
     """Refuses knots that are not `[progress, value]` pairs in ascending order within [0, 1], and values out of range.
 
     Raises:
         UserError: names the key, the value and the remedy.
     """
+    if schedule is None:
+        raise UserError(f"curriculum.{key}: null is no schedule: give a number, 0 to leave a loss out")
     knots = schedule if isinstance(schedule, list) else [[0.0, schedule]]
     if not knots or any(len(knot) != 2 for knot in knots):
         raise UserError(f"curriculum.{key}: {schedule} is not a schedule: give a number or a list of [progress, value]")

@@ -8,13 +8,15 @@ come from a datamodule that counts ahead.
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
+from functools import cached_property
 from typing import Any, Literal
 
 import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -27,7 +29,7 @@ from distill.losses.head import check_lm_head, lm_head_of
 from distill.losses.routing import UNIT, Routing
 from distill.metrics import DistillationMetrics
 from distill.objective import Losses, objective
-from distill.optim import adamw, warmup_cosine
+from distill.optim import CONFIGURED, adamw, configuration_wins, horizon_of, warmup_cosine
 from distill.teachers.online import OnlineTeacher, decode
 
 
@@ -102,6 +104,10 @@ class DistillationModule(L.LightningModule):
                 raise UserError(f"model.{key}: {least} must be at least 0")
         if isinstance(teacher_top_k, int) and teacher_top_k < 1:
             raise UserError(f"model.teacher_top_k: {teacher_top_k} must be at least 1, native or all")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise UserError(f"model.betas: {list(betas)} must lie in [0, 1)")
+        if not 0 <= min_learning_rate_ratio <= 1:
+            raise UserError(f"model.min_learning_rate_ratio: {min_learning_rate_ratio} must lie in [0, 1]")
         if chunk_size is not None and chunk_size < 1:
             raise UserError(f"model.chunk_size: {chunk_size} must be at least 1 (null = by a byte budget)")
         self.teacher_source = teacher
@@ -125,17 +131,21 @@ class DistillationModule(L.LightningModule):
         configured |= dict.fromkeys(routing.components if routing else [], True)
         self.components = [name for name in WEIGHT_KEY if configured.get(name)]
         self.curriculum = CurriculumState(0, 0.0, dict.fromkeys(WEIGHT_KEYS, 1.0), 1.0, None)
-        self.measure_inactive = False
+        self.step_is_read = False
+        self.measure_inactive: frozenset[str] = frozenset()
         self.student: PreTrainedModel | None = None
         self.teacher: OnlineTeacher | None = None
         self.grad_norm: Tensor | None = None
         self._window = torch.zeros(0)
         self._tokens, self._tokens_since = 0, 0.0
+        self._validating_since = 0.0
+        self._configured: list[dict[str, Any]] = []
+        self._idle_student: dict[tuple[str, ...], list[nn.Parameter]] = {}
         self.metrics = DistillationMetrics()
 
     # Set-up
 
-    @property
+    @cached_property
     def max_context(self) -> int | None:
         """The shorter of the two models' contexts, in tokens; None = unlimited."""
         sources = [self.teacher_source, self.student_sources["student"] or self.student_sources["student_config"]]
@@ -177,6 +187,10 @@ class DistillationModule(L.LightningModule):
 
     def on_validation_start(self) -> None:
         self._place_teacher()
+        self._validating_since = time.perf_counter()
+
+    def on_validation_end(self) -> None:
+        self._tokens_since += time.perf_counter() - self._validating_since  # throughput is that of training
 
     def on_test_start(self) -> None:
         self._place_teacher()
@@ -223,15 +237,18 @@ class DistillationModule(L.LightningModule):
         accumulation = self.trainer.accumulate_grad_batches
         result = self.losses(batch, share=accumulation * self.trainer.world_size)
         total, breakdown = result.total, result.breakdown
-        due, self.measure_inactive = self.measure_inactive or self._logs_this_step(), False
+        due = self.step_is_read or self._logs_this_step()
+        self.step_is_read, self.measure_inactive = False, frozenset()
         if isinstance(self.trainer.strategy, DDPStrategy) or not total.requires_grad:
-            total = total + self._zero_anchor(breakdown)
+            idle = self._idle_parameters(total)  # DDP wants to find every parameter in the graph
+            total = total + sum((p.sum() for p in idle), torch.zeros((), device=self.device)) * 0.0
 
         step = None
         if due:
             parts = [value.double() / accumulation for value in breakdown.raw.values()]
-            values = torch.stack(parts) if parts else torch.zeros(0)
-            self._window = values if batch_idx % accumulation == 0 else self._window + values
+            values = torch.stack(parts) if parts else torch.zeros(0, device=self.device)
+            starts = batch_idx % accumulation == 0 or len(self._window) != len(values)
+            self._window = values if starts else self._window + values
         window_ends = (batch_idx + 1) % accumulation == 0 or self.trainer.is_last_batch
         if window_ends:
             self._tokens += batch["units"]["tokens"]
@@ -246,7 +263,8 @@ class DistillationModule(L.LightningModule):
 
     def _logs_this_step(self) -> bool:
         """Whether loggers take what this optimizer step logs: `log` costs most of a millisecond an entry."""
-        return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return every > 0 and (self.trainer.global_step + 1) % every == 0
 
     def _log_step(self, step: LossBreakdown, stats: dict[str, Tensor]) -> None:
         """Logs the optimizer step under the names of the metrics table."""
@@ -264,21 +282,28 @@ class DistillationModule(L.LightningModule):
         self.log_dict(figures)
         self.log("loss", step.total, prog_bar=True, logger=False)
 
-    def _zero_anchor(self, breakdown: LossBreakdown) -> Tensor:
-        """Zero times what no active component uses, so that DDP finds every parameter in the graph."""
-        assert self.student is not None
-        unused = list(self._unused_parameters())
-        if "kd_loss" not in breakdown.active and "lm_loss" not in breakdown.active:
-            unused += [parameter for parameter in self.student.parameters() if parameter.requires_grad]
-        return sum((parameter.sum() for parameter in unused), torch.zeros((), device=self.device)) * 0.0
+    def _idle_parameters(self, total: Tensor | None = None) -> list[nn.Parameter]:
+        """Parameters that no component of weight above zero trains.
 
-    def _unused_parameters(self) -> list[nn.Parameter]:
-        """Projections and probes that no component of weight above zero trains."""
-        if self.routing is None:
-            return []
+        Of the student these can only be found by asking autograd, once for each set of active components that has
+        neither `kd_loss` nor `lm_loss`; `total` is that loss.
+        """
+        assert self.student is not None
         weights = self.component_weights()
-        used = {id(p) for name in self.routing.components if weights[name] > 0 for p in self.routing.trained_by(name)}
-        return [parameter for parameter in self.routing.parameters() if id(parameter) not in used]
+        active = tuple(name for name, weight in weights.items() if weight > 0)
+        idle: list[nn.Parameter] = []
+        if self.routing is not None:
+            used = {id(p) for name in active if name in UNIT for p in self.routing.trained_by(name)}
+            idle += [parameter for parameter in self.routing.parameters() if id(parameter) not in used]
+        if "kd_loss" in active or "lm_loss" in active:
+            return idle
+        if active not in self._idle_student:
+            trained = [p for p in self.student.parameters() if p.requires_grad]
+            if total is not None and total.requires_grad:
+                found = torch.autograd.grad(total, trained, retain_graph=True, allow_unused=True)
+                trained = [p for p, gradient in zip(trained, found, strict=True) if gradient is None]
+            self._idle_student = {active: trained}
+        return idle + self._idle_student[active]
 
     # Validation
 
@@ -338,19 +363,34 @@ class DistillationModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """Fused AdamW with warm-up and cosine over optimizer steps."""
         assert self.student is not None
-        horizon = self.trainer.estimated_stepping_batches
+        horizon = horizon_of(self.trainer)
         if self.warmup_steps >= horizon:
-            rank_zero_warn(f"model.warmup_steps: {self.warmup_steps} outlasts the run of {int(horizon)} steps.")
+            rank_zero_warn(f"model.warmup_steps: {self.warmup_steps} outlasts the run of {horizon} steps.")
         optimizer = adamw(
             [(self.student, self.learning_rate), (self.routing, self.router_learning_rate)],
             weight_decay=self.weight_decay,
             betas=self.betas,
             fused=self.trainer.precision != "16-mixed",
         )
-        schedule = warmup_cosine(optimizer, self.warmup_steps, int(horizon), self.min_learning_rate_ratio)
+        schedule = warmup_cosine(optimizer, self.warmup_steps, horizon, self.min_learning_rate_ratio)
+        self._configured = [{key: group[key] for key in CONFIGURED} for group in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
+        """Puts right what Lightning restores otherwise than one should expect of a resumed run."""
+        trainer = self.trainer
+        # Asking for the horizon has made the loaders before their state was restored: hand it to them now.
+        trainer.fit_loop._load_combined_loader_states()
+        for optimizer, scheduler in zip(trainer.optimizers, trainer.lr_scheduler_configs, strict=True):
+            configuration_wins(optimizer, scheduler.scheduler, self._configured)
+        # A checkpoint within an accumulation window would lose the gradients of its micro-batches.
+        accumulation, every = trainer.accumulate_grad_batches, trainer.val_check_batch
+        if every is not None and every < trainer.num_training_batches and every % accumulation:
+            whole = min(math.ceil(every / accumulation) * accumulation, trainer.num_training_batches)
+            trainer.val_check_batch = int(whole)
+            rank_zero_info(
+                f"Validation waits for the end of an accumulation window: every {whole} batches, not {every}."
+            )
         self._tokens, self._tokens_since = 0, time.perf_counter()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -359,7 +399,7 @@ class DistillationModule(L.LightningModule):
             self.trainer.should_stop = True
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        for parameter in self._unused_parameters():
+        for parameter in self._idle_parameters():
             parameter.grad = None
 
     def configure_gradient_clipping(
@@ -368,28 +408,34 @@ class DistillationModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips by norm or value and logs `train/grad_norm`, the norm before clipping, where it is known for free."""
+        """Clips by norm or value; the norm before clipping is logged as `train/grad_norm` and read by the audit."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        by_value = gradient_clip_algorithm == "value"
-        self.grad_norm = None
-        if parameters and (self._logs_this_step() or (gradient_clip_val and not by_value)):
-            limit = math.inf if by_value or not gradient_clip_val else gradient_clip_val
-            self.grad_norm = nn.utils.clip_grad_norm_(parameters, limit)
-            if self._logs_this_step():
-                self.log("train/grad_norm", self.grad_norm)
-        if by_value and gradient_clip_val:
+        self.grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self._logs_this_step():
+            self.log("train/grad_norm", self.grad_norm)
+        if gradient_clip_val and gradient_clip_algorithm == "value":
             nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        elif gradient_clip_val:
+            nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self.grad_norm)
 
     # Checkpoints
 
     def settings(self) -> dict[str, Any]:
-        """What a checkpoint depends on, as plain values."""
+        """What a checkpoint was made with, as plain values."""
+        data = getattr(self.trainer, "datamodule", None)
         return {
-            "teacher": self.teacher_source,
-            "teacher_top_k": self.teacher_top_k,
-            **self.student_sources,
-            "components": self.components,
-            "routing": self.routing.settings() if self.routing is not None else None,
+            "model.teacher": self.teacher_source,
+            "data.tokenizer": getattr(data, "tokenizer_source", None) or self.teacher_source,
+            "data.packing": getattr(data, "packing", None),
+            "model.teacher_top_k": self.teacher_top_k,
+            **{f"model.{key}": value for key, value in self.student_sources.items()},
+            "model.kd_loss": asdict(self.kd_loss) if self.kd_loss is not None else None,
+            "model.lm_loss": "lm_loss" in self.components,
+            "model.routing": self.routing.settings() if self.routing is not None else None,
+            "model.learning_rate": self.learning_rate,
+            "model.router_learning_rate": self.router_learning_rate,
+            "model.warmup_steps": self.warmup_steps,
+            "model.weight_decay": self.weight_decay,
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ The price is one function that knows which component needs what.
 Shapes: B rows, L positions, N valid tokens, D width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +51,7 @@ def objective(
     kd: KDLoss | None = None,
     routing: Routing | None = None,
     chunk_size: int | None = None,
-    measure_inactive: bool = False,
+    measure_inactive: Collection[str] = (),
     metrics: bool = False,
 ) -> Losses:
     """Total and breakdown of a batch.
@@ -67,11 +67,11 @@ def objective(
         kd: options of `kd_loss`.
         routing: the routing losses.
         chunk_size: tokens whose logits exist at one time.
-        measure_inactive: also measure components of weight zero, without gradient.
+        measure_inactive: components to measure at weight zero too, without gradient.
         metrics: also return the weight-free sums.
     """
     weights = {name: state.weights[WEIGHT_KEY[name]] for name in components}
-    wanted = [name for name in components if weights[name] > 0 or measure_inactive]
+    wanted = [name for name in components if weights[name] > 0 or name in measure_inactive]
     routed = [name for name in wanted if name in UNIT]
     factor = {kind: share / max(count, 1) for kind, count in batch["units"].items()}
 

@@ -2,11 +2,29 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
+import lightning as L
 import torch
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
+
+from distill.errors import UserError
+
+CONFIGURED = ("lr", "weight_decay", "betas")  # of a parameter group: what the configuration says
+
+
+def horizon_of(trainer: L.Trainer) -> int:
+    """Optimizer steps of the whole run.
+
+    Raises:
+        UserError: a run without an end has no progress to schedule by.
+    """
+    steps = trainer.estimated_stepping_batches
+    if not math.isfinite(steps) or steps <= 0:
+        raise UserError(f"trainer.max_steps: a horizon of {steps} steps leaves nothing to schedule by: set max_steps")
+    return int(steps)
 
 
 def adamw(
@@ -41,3 +59,14 @@ def warmup_cosine(optimizer: torch.optim.Optimizer, warmup: int, horizon: int, f
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
 
     return LambdaLR(optimizer, factor)
+
+
+def configuration_wins(optimizer: torch.optim.Optimizer, schedule: Any, configured: list[dict[str, Any]]) -> None:
+    """Puts rates, decay and betas back to the configuration's after a checkpoint's state was loaded over them."""
+    if not isinstance(schedule, LambdaLR):
+        return
+    schedule.base_lrs = [group["lr"] for group in configured]
+    for group, options, factor in zip(optimizer.param_groups, configured, schedule.lr_lambdas, strict=True):
+        group |= options
+        group["initial_lr"] = options["lr"]
+        group["lr"] = options["lr"] * factor(schedule.last_epoch)

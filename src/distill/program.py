@@ -15,8 +15,10 @@ from typing import Any, NoReturn
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import ProgressBar as LightningBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from distill.callbacks.audit import LossAudit
 from distill.callbacks.curriculum import Curriculum
@@ -56,10 +58,12 @@ class DistillTrainer(L.Trainer):
         use_distributed_sampler: bool = False,
         **kwargs: Any,
     ) -> None:
+        self.fresh_directory: str | None = None  # where nothing was before this trainer
         if logger is None or logger is True:
             root = kwargs.get("default_root_dir") or os.getcwd()
             csv = CSVLogger(root, name="lightning_logs")
             logger = [csv, TensorBoardLogger(root, name="lightning_logs", version=csv.version)]
+            self.fresh_directory = None if Path(csv.log_dir).exists() else csv.log_dir
         super().__init__(*args, logger=logger, use_distributed_sampler=use_distributed_sampler, **kwargs)
 
 
@@ -67,17 +71,21 @@ class SaveConfig(SaveConfigCallback):
     """Writes the run's config.yaml once everything was checked; a run refused before its first step leaves nothing."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.directory = trainer.log_dir if trainer.loggers else None
+        """Nothing yet: Lightning's callback would write here, before the models were looked at."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.loggers:
             super().setup(trainer, pl_module, "fit")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, UserError) and trainer.global_step == 0 and trainer.is_global_zero:
-            for logger in trainer.loggers:
-                if isinstance(logger, CSVLogger | TensorBoardLogger):
-                    shutil.rmtree(logger.log_dir, ignore_errors=True)
+        fresh = getattr(trainer, "fresh_directory", None)
+        if (
+            fresh is not None
+            and isinstance(exception, UserError)
+            and trainer.global_step == 0
+            and trainer.is_global_zero
+        ):
+            shutil.rmtree(fresh, ignore_errors=True)
 
 
 class Parser(LightningArgumentParser):
@@ -98,9 +106,12 @@ def shorten(message: str) -> str:
     """One line of a jsonargparse message; of an optional class what its own keys say, not what null would be."""
     text = " ".join(message.split())
     union = re.search(
-        r"(.*?)Does not validate against any of the Union subtypes .*?Errors: - (.*?)(?: - | Given)", text
+        r"Does not validate against any of the Union subtypes .*?Errors: - (.*?) Given value type: .*", text
     )
-    text = union[1] + union[2] if union else text
+    if union:
+        errors = [error for error in union[1].split(" - ") if "NoneType" not in error]
+        given = text.rpartition("Given value: ")[2]
+        text = text[: union.start()] + ", or ".join(errors) + f" (given: {given})"
     text = re.sub(r"Parser key \"([\w.]+)\"", r"\1", text)
     return re.sub(r"Expected a typing.Literal\[(.*?)\]\. Got value: (\S+)", r"\2 is not one of \1", text)
 
@@ -155,8 +166,13 @@ class DistillCLI(LightningCLI):
         chosen = [self._get(self.config_init, key) for key in keys]
         extra = [self._get(self.config_init, "curriculum"), *(callback for callback in chosen if callback is not None)]
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
-        if chosen[keys.index("progress")] is None and not config.get("callbacks"):
+        own_bars = [c for c in config.get("callbacks") or [] if isinstance(c, LightningBar)]
+        if own_bars or config.get("enable_progress_bar") is False:
+            extra = [callback for callback in extra if not isinstance(callback, ProgressBar)]
+        if not own_bars and not any(isinstance(callback, ProgressBar) for callback in extra):
             config["enable_progress_bar"] = False
+        if config.get("enable_checkpointing") is False:
+            extra = [callback for callback in extra if not isinstance(callback, ModelCheckpoint)]
         return self._instantiate_trainer(config, extra)
 
 
@@ -181,9 +197,11 @@ def run(args: list[str] | None = None) -> DistillCLI:
             load_from_checkpoint_support=False,
             args=args,
         )
-    except ValueError as error:
+    except (ValueError, MisconfigurationException) as error:
         if (ours := told(error)) is not None:
             raise ours from None
+        if isinstance(error, MisconfigurationException) or "val_check_interval" in str(error):
+            raise UserError(f"trainer: {shorten(str(error))}") from error
         raise
 
 

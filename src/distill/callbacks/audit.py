@@ -28,7 +28,7 @@ class AuditError(RuntimeError):
 
 @dataclass
 class Entry:
-    """What one batch left to be read: `[gap, tolerance, total, raw...]` on its way to the host."""
+    """What one batch left to be read: `[gap, tolerance, difference, values...]` on its way to the host."""
 
     where: str
     figures: Tensor
@@ -40,7 +40,7 @@ class Entry:
 
 @final
 class LossAudit(Callback):
-    """Stops a run in which a loss bypasses its weight, validation weighs otherwise, or a loss is not finite.
+    """Stops a run in which a loss bypasses its weight, validation weighs otherwise, or a number is not finite.
 
     Args:
         tolerance: relative to the sum of the components' sizes.
@@ -78,6 +78,8 @@ class LossAudit(Callback):
         self._read()
         self._enter(trainer, pl_module, outputs, "validation", outputs["total"], batch)
 
+    on_test_batch_end = on_validation_batch_end
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._read()
 
@@ -107,14 +109,19 @@ class LossAudit(Callback):
                     f"{bypass}: {name} has weight {weight:g} in {where}, the curriculum says {expected:g}: "
                     "take the weights from pl_module.curriculum"
                 )
-        scaled = breakdown.scaled
-        total = breakdown.total
-        size = torch.stack([value.abs().double() for value in scaled.values()]).sum() if scaled else total
+        if pl_module.curriculum != state:
+            bypass = "eval bypass" if phase == "validation" else "bypass"
+            raise AuditError(f"{bypass}: {where} used {pl_module.curriculum}, the curriculum says {state}")
+        scaled, none = breakdown.scaled, torch.zeros((), dtype=torch.float64, device=outputs["total"].device)
+        total = breakdown.total if scaled else none
+        size = torch.stack([value.abs().double() for value in scaled.values()]).sum() if scaled else none
         gaps = torch.stack([(value.double() - total).abs() for value in (outputs["total"], back_propagated)])
         signed = outputs["total"].double() - total
-        raw = [value.double() for value in breakdown.raw.values()]
-        figures = torch.stack([gaps.max(), self.tolerance * size, signed, *raw])
-        entry = Entry(where, figures, list(breakdown.raw), breakdown.weights, batch)
+        finite = dict(breakdown.raw)
+        if phase == "training" and pl_module.grad_norm is not None:
+            finite["gradient"], pl_module.grad_norm = pl_module.grad_norm, None
+        figures = torch.stack([gaps.max(), self.tolerance * size, signed, *(v.double() for v in finite.values())])
+        entry = Entry(where, figures, list(finite), breakdown.weights, batch)
         if figures.is_cuda:
             entry.figures = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
             entry.figures.copy_(figures, non_blocking=True)

@@ -5,7 +5,6 @@ Writes: `pl_module.curriculum`. Logs: `curriculum/<key>`.
 """
 
 import inspect
-import math
 from typing import Any
 
 import lightning as L
@@ -15,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from distill.breakdown import WEIGHT_KEY
 from distill.curriculum import WEIGHT_KEYS, CurriculumState, Schedule, check_schedule, round_half_up, value_at
 from distill.errors import UserError
+from distill.optim import horizon_of
 
 
 class Curriculum(Callback):
@@ -88,16 +88,14 @@ class Curriculum(Callback):
         self._set(pl_module)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        horizon = trainer.estimated_stepping_batches
-        if not math.isfinite(horizon) or horizon <= 0:
-            raise UserError(f"trainer.max_steps: a horizon of {horizon} steps gives no progress: set max_steps")
+        horizon = horizon_of(trainer)
         self._check_experts(pl_module.num_experts)
-        if self.horizon not in (None, int(horizon)):
+        if self.horizon not in (None, horizon):
             rank_zero_warn(
-                f"The curriculum's horizon was {self.horizon} steps in the checkpoint and is {int(horizon)} now: "
+                f"The curriculum's horizon was {self.horizon} steps in the checkpoint and is {horizon} now: "
                 "its phases move with it."
             )
-        self.horizon = int(horizon)
+        self.horizon = horizon
 
     def _check_experts(self, num_experts: int | None) -> None:
         if self.top_k_experts is None:

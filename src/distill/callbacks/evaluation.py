@@ -28,6 +28,7 @@ TEACHER = {"val/student_perplexity": "val/teacher_perplexity", "val/student_nll"
 class Evaluation(Callback):
     """Prints each validation's loss with raw value, weight and scaled value of its components, and a closing table.
 
+    Components of weight zero are not measured in validation: their raw value is nan, their weight and scaled value 0.
     The closing table compares with the untrained student where `trainer.num_sanity_val_steps` is -1, which makes the
     check before training a whole validation, and with the first validation otherwise.
     """
@@ -47,9 +48,9 @@ class Evaluation(Callback):
         weights = pl_module.component_weights()
         lines = [f"[Eval] Step {pl_module.curriculum.step}, loss: {metrics['val/loss']:.4f}"]
         for name, weight in weights.items():
-            if weight > 0:
-                raw = metrics[f"val/{name}"]
-                lines.append(f"    {name}: raw {raw:.4f}, weight {weight:.4f}, scaled {raw * weight:.4f}")
+            raw = metrics.get(f"val/{name}", float("nan"))
+            scaled = raw * weight if weight > 0 else 0.0
+            lines.append(f"    {name}: raw {raw:.4f}, weight {weight:.4f}, scaled {scaled:.4f}")
         emit(trainer, self.directory, "\n".join(["", *lines, ""]))
         self.first = self.first or metrics
         self.last = metrics

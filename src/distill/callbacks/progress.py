@@ -36,7 +36,7 @@ class ProgressBar(RichProgressBar):
         return {name: float(value) for name, value in values.items()}
 
     def get_metrics(self, trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
-        if trainer.training and time.monotonic() - self.read_at > 1.0:
+        if trainer.training and time.monotonic() > self.read_at + 1.0:
             self.shown = {name: f"{value:.4f}" for name, value in self.figures().items()}
             if trainer.optimizers:
                 self.shown["lr"] = f"{trainer.optimizers[0].param_groups[0]['lr']:.3e}"

@@ -19,8 +19,8 @@ class StepDump(Callback, ABC):
     """A block once per optimizer step, every `every_n_steps` steps and on the first ones.
 
     Reads: the `step` breakdown that `training_step` returns at the end of an accumulation window, and
-    `pl_module.curriculum`. Writes: `pl_module.measure_inactive`, so that on these steps components of weight zero are
-    measured too.
+    `pl_module.curriculum`. Writes: `pl_module.step_is_read`, and `pl_module.measure_inactive` with the components
+    that it shows at weight zero too.
 
     Args:
         every_n_steps: distance in optimizer steps.
@@ -46,13 +46,18 @@ class StepDump(Callback, ABC):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self.is_due(trainer.global_step):
-            pl_module.measure_inactive = True
+            pl_module.step_is_read = True
+            pl_module.measure_inactive |= frozenset(filter(self.shows, pl_module.components))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if outputs["step"] is not None and self.is_due(pl_module.curriculum.step) and trainer.is_global_zero:
             text = self.render(pl_module, outputs["step"])
             if text is not None:
                 emit(trainer, self.directory, text)
+
+    @abstractmethod
+    def shows(self, component: str) -> bool:
+        """Whether the block has a raw value of the component."""
 
     @abstractmethod
     def render(self, pl_module: Any, breakdown: LossBreakdown) -> str | None:
@@ -62,6 +67,9 @@ class StepDump(Callback, ABC):
 @final
 class CurriculumDump(StepDump):
     """Prints the curriculum's weights; `lm` follows where that component is configured."""
+
+    def shows(self, component: str) -> bool:
+        return False
 
     def render(self, pl_module: Any, breakdown: LossBreakdown) -> str:
         state = pl_module.curriculum
@@ -74,6 +82,9 @@ class CurriculumDump(StepDump):
 @final
 class KDLossDump(StepDump):
     """Prints raw value, weight and weighted value of `kd_loss`, nats per token."""
+
+    def shows(self, component: str) -> bool:
+        return component == "kd_loss"
 
     def render(self, pl_module: Any, breakdown: LossBreakdown) -> str | None:
         if "kd_loss" not in breakdown.weights:
@@ -92,6 +103,9 @@ class KDLossDump(StepDump):
 @final
 class RoutingLossesDump(StepDump):
     """Prints raw value, weight and scaled value of every configured routing loss."""
+
+    def shows(self, component: str) -> bool:
+        return component.startswith("routing_")
 
     def render(self, pl_module: Any, breakdown: LossBreakdown) -> str | None:
         lines = []

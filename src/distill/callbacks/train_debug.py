@@ -49,7 +49,11 @@ class TrainDebug(Callback):
             return
         assert self.back_propagated is not None
         bar = trainer.progress_bar_callback
-        shown = bar.figures()["loss"] if isinstance(bar, ProgressBar) else float(outputs["total"])
+        if isinstance(bar, ProgressBar):
+            bar.read_at = 0.0  # this batch's figures, however recent the last reading
+            shown = float(bar.get_metrics(trainer, pl_module)["loss"])
+        else:
+            shown = float(outputs["total"])
         scaled = {name: float(value) for name, value in outputs["breakdown"].scaled.items()}
         lines = [
             f"  Progress bar loss: {shown:.4f}",

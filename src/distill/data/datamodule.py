@@ -112,7 +112,7 @@ class DistillationDataModule(L.LightningDataModule):
         seed: of the held-out rows and of the order of training.
         max_sequences: use this many training rows at most.
         max_validation_sequences: use this many validation rows at most.
-        trust_remote_code: run tokenizer code that comes with its files.
+        trust_remote_code: run code that comes with `tokenizer`; the teacher's own goes by `model.trust_remote_code`.
 
     Raises:
         UserError: an option out of range; later, in `prepare_data`, bad or missing data.
@@ -204,7 +204,9 @@ class DistillationDataModule(L.LightningDataModule):
             source = self.tokenizer_source or getattr(self._module(), "teacher_source", None)
             if source is None:
                 raise UserError("data.tokenizer: null, and there is no teacher to take it from; name a model source")
-            self.tokenizer = load_tokenizer(source, trust_remote_code=self.trust_remote_code)
+            teachers = getattr(self._module(), "load_options", {}) if self.tokenizer_source is None else {}
+            trusted = self.trust_remote_code or teachers.get("trust_remote_code", False)
+            self.tokenizer = load_tokenizer(source, trust_remote_code=trusted)
         documents = self._documents(self.dataset, self.split)
         train = pack(documents, self.tokenizer, self.sequence_length, self.packing)
         if not isinstance(self.validation_split, str):

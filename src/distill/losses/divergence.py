@@ -44,11 +44,11 @@ class KDLoss:
     def __post_init__(self) -> None:
         names = Divergence.__args__  # type: ignore[attr-defined]
         if self.divergence not in names:
-            raise UserError(f"divergence: {self.divergence!r} is none of {', '.join(names)}")
+            raise UserError(f"model.kd_loss.divergence: {self.divergence!r} is none of {', '.join(names)}")
         if not 0 <= self.beta <= 1:
-            raise UserError(f"beta: {self.beta} is outside [0, 1]; 0 is forward KL, 1 is reverse KL")
+            raise UserError(f"model.kd_loss.beta: {self.beta} is outside [0, 1]; 0 is forward KL, 1 is reverse KL")
         if not 0 < self.alpha < 1:
-            raise UserError(f"alpha: {self.alpha} is outside (0, 1); DistiLLM uses 0.1")
+            raise UserError(f"model.kd_loss.alpha: {self.alpha} is outside (0, 1); DistiLLM uses 0.1")
         if not 0 < self.coefficient < float("inf"):
             raise UserError(
                 f"coefficient: {self.coefficient} must be a number > 0; use the curriculum to switch KD off"

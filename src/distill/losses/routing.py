@@ -57,6 +57,12 @@ class RoutingOutput:
     stats: dict[str, Tensor]
 
 
+def apply(head: nn.Module, states_ND: Tensor) -> Tensor:
+    """A probe or projection of normalised states, which are in fp32 even where the heads are in half precision."""
+    output: Tensor = head(states_ND.to(next(head.parameters()).dtype))
+    return output
+
+
 @final
 class Routing(nn.Module):
     """The four routing losses over the teacher's experts at chosen layers.
@@ -94,15 +100,19 @@ class Routing(nn.Module):
         losses = dict.fromkeys(names, 1.0) if losses is None else losses
         for name, coefficient in losses.items():
             if name not in names:
-                raise UserError(f"losses: {name!r} is no routing loss; {did_you_mean(name, names)}")
+                raise UserError(f"model.routing.losses: {name!r} is no routing loss; {did_you_mean(name, names)}")
             if not 0 <= coefficient < math.inf:
-                raise UserError(f"losses: {name} has coefficient {coefficient}; give a number from 0 up")
+                raise UserError(f"model.routing.losses: {name} has coefficient {coefficient}; give a number from 0 up")
         if not losses:
-            raise UserError("losses: {} names no routing loss; name one or leave routing out")
+            raise UserError("model.routing.losses: {} names no routing loss; name one or leave routing out")
         if not tau > 0:
-            raise UserError(f"tau: {tau} is not a temperature; give a number above 0, or inf for the teacher's gate")
+            raise UserError(
+                f"model.routing.tau: {tau} is not a temperature; give a number above 0, or inf for the teacher's gate"
+            )
         if tau < math.inf and "feature_matching_loss" not in losses:
-            raise UserError(f"tau: {tau} needs the projection of feature_matching_loss; add that loss or set tau: inf")
+            raise UserError(
+                f"model.routing.tau: {tau} needs the projection of feature_matching_loss; add that loss or set tau: inf"
+            )
         for key, value in (
             ("num_experts", num_experts),
             ("native_top_k", native_top_k),
@@ -110,9 +120,11 @@ class Routing(nn.Module):
             ("teacher_layers", teacher_layers if isinstance(teacher_layers, int) else len(teacher_layers)),
         ):
             if value is not None and value < 1:
-                raise UserError(f"{key}: {value} is not a count; give 1 or more")
+                raise UserError(f"model.routing.{key}: {value} is not a count; give 1 or more")
         if token_subset is not None and tau == math.inf:
-            raise UserError(f"token_subset: {token_subset} bounds a finite tau only; set tau or leave it out")
+            raise UserError(
+                f"model.routing.token_subset: {token_subset} bounds a finite tau only; set tau or leave it out"
+            )
         self.coefficients = {f"routing_{name}": float(coefficient) for name, coefficient in losses.items()}
         self.components = [component for component in WEIGHT_KEY if component in self.coefficients]
         self.teacher_layers = teacher_layers
@@ -146,7 +158,9 @@ class Routing(nn.Module):
             chosen = [max(0, round_half_up((t + 1) / depth * student.num_hidden_layers) - 1) for t in layers]
         check_layers("student_layers", chosen, student.num_hidden_layers)
         if len(chosen) != len(layers):
-            raise UserError(f"student_layers: {chosen} are not one for each of the teacher layers {layers}; match them")
+            raise UserError(
+                f"model.routing.student_layers: {chosen} are not one for each of teacher_layers {layers}; match them"
+            )
         self._views = find_views(teacher, layers, self.num_experts, self.native_top_k)
         self.student_layer_indices = chosen
         self.num_experts_, self.native_k = self._views[0].num_experts, self._views[0].native_k
@@ -208,7 +222,7 @@ class Routing(nn.Module):
             states_BLD = normalise(states_BLD)
             states_ND = states_BLD.flatten(0, 1).index_select(0, positions_N)
             if IMPORTANCE in wanted or BALANCE in wanted:
-                probe_logits.append(full_precision(self.probes[i](states_ND)))
+                probe_logits.append(full_precision(apply(self.probes[i], states_ND)))
             if not self.needs_record(wanted):
                 continue
             if ALIGNMENT in wanted:  # its keys need not be valid tokens
@@ -222,7 +236,7 @@ class Routing(nn.Module):
                 valid_N = torch.arange(len(positions_N), device=positions_N.device)
             mixture = ALIGNMENT in wanted or FEATURE in wanted
             project = FEATURE in wanted or (mixture and self.tau < math.inf)
-            projected_RD = self.projections[i](states_RD) if project else None
+            projected_RD = apply(self.projections[i], states_RD) if project else None
             routed = self._route(view, record.layers[view.layer], rows_R, valid_N, projected_RD, k, mixture)
             gates_NE = routed.gates_NE.index_select(0, valid_N)
             stats.append(usage_stats(routed, gates_NE, valid_N))
@@ -285,7 +299,9 @@ class Routing(nn.Module):
         if top_k_experts is None:
             return self.native_k
         if not 1 <= top_k_experts <= self.num_experts_:
-            raise UserError(f"top_k_experts: {top_k_experts} is not within 1 to {self.num_experts_} experts; change it")
+            raise UserError(
+                f"curriculum.top_k_experts: {top_k_experts} is not within 1 to {self.num_experts_} experts; change it"
+            )
         if top_k_experts < self.native_k and not self._warned:
             self._warned = True
             warnings.warn(
@@ -304,7 +320,9 @@ def spread(count: int, among: list[int]) -> list[int]:
         ([15], [5, 15, 25])
     """
     if count > len(among):
-        raise UserError(f"teacher_layers: {count} are more than the teacher's {len(among)} layers; lower it")
+        raise UserError(
+            f"model.routing.teacher_layers: {count} are more than the teacher's {len(among)} layers; lower it"
+        )
     return [among[(2 * i + 1) * len(among) // (2 * count)] for i in range(count)]
 
 
@@ -312,6 +330,6 @@ def check_layers(key: str, layers: list[int], depth: int) -> None:
     """Raises UserError unless the indices are distinct layers of a model with `depth` of them."""
     for index in layers:
         if not 0 <= index < depth:
-            raise UserError(f"{key}: {index} is not a layer; the model has layers 0 to {depth - 1}")
+            raise UserError(f"model.routing.{key}: {index} is not a layer; the model has layers 0 to {depth - 1}")
     if key == "teacher_layers" and len(set(layers)) < len(layers):
-        raise UserError(f"{key}: {layers} names a layer twice; name each once")
+        raise UserError(f"model.routing.{key}: {layers} names a layer twice; name each once")

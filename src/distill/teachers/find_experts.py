@@ -32,7 +32,9 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     for module in model.get_decoder().modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
-    raise UserError(f"teacher: {type(model).__name__} has no list of {depth} layers; routing losses cannot read it")
+    raise UserError(
+        f"model.teacher: {type(model).__name__} has no list of {depth} layers; routing losses cannot read it"
+    )
 
 
 def router_of(block: nn.Module) -> nn.Module | None:
@@ -113,16 +115,20 @@ def dense_view(layer: nn.Module, index: int, width: int, num_experts: int, nativ
     """
     found = ffn_block(layer)
     if found is None:
-        raise UserError(f"teacher: layer {index} ({type(layer).__name__}) has no experts and no FFN that can be sliced")
+        raise UserError(
+            f"model.teacher: layer {index} ({type(layer).__name__}) has no experts and no FFN that can be sliced"
+        )
     ffn, down = found
     weight = down.weight
     assert isinstance(weight, Tensor)
     if weight.ndim != 2 or not weight.is_floating_point():
-        raise UserError(f"teacher: layer {index} has quantized FFN weights; load the teacher in fp32 or bf16")
+        raise UserError(f"model.teacher: layer {index} has quantized FFN weights; load the teacher in fp32 or bf16")
     num_neurons = weight.shape[0] if isinstance(down, Conv1D) else weight.shape[1]
     if num_neurons % num_experts:
         near = [e for e in range(2, 65) if num_neurons % e == 0]
-        raise UserError(f"num_experts: {num_experts} does not divide the {num_neurons} FFN neurons; try one of {near}")
+        raise UserError(
+            f"model.routing.num_experts: {num_experts} does not divide the {num_neurons} FFN neurons; try one of {near}"
+        )
     kept: list[Tensor] = []
     handle = down.register_forward_hook(lambda module, args, output: kept.append(output))
     try:
@@ -130,7 +136,9 @@ def dense_view(layer: nn.Module, index: int, width: int, num_experts: int, nativ
     finally:
         handle.remove()
     if not (isinstance(output, Tensor) and len(kept) == 1 and torch.equal(output, kept[0])):
-        raise UserError(f"teacher: the FFN {type(ffn).__name__} of layer {index} is more than a sum over its neurons")
+        raise UserError(
+            f"model.teacher: the FFN {type(ffn).__name__} of layer {index} is more than a sum over its neurons"
+        )
     return DenseView(index, down, num_experts, native_k, width)
 
 
@@ -154,13 +162,17 @@ def find_views(
     for index in layers:
         view: View | None = moe_view(blocks[index], index, width)
         if view is None and sparse:
-            raise UserError(f"teacher_layers: {index} is a dense layer of a MoE teacher; choose among {sparse}")
+            raise UserError(
+                f"model.routing.teacher_layers: {index} is a dense layer of a MoE teacher; choose among {sparse}"
+            )
         views.append(
             view or dense_view(blocks[index], index, width, num_experts or DENSE_EXPERTS, native_top_k or DENSE_K)
         )
     real = views[0]
     if any((view.num_experts, view.native_k) != (real.num_experts, real.native_k) for view in views):
-        raise UserError(f"teacher_layers: {layers} differ in their number of experts; choose layers that agree")
+        raise UserError(
+            f"model.routing.teacher_layers: {layers} differ in their number of experts; choose layers that agree"
+        )
     for key, asked, has in (
         ("num_experts", num_experts, real.num_experts),
         ("native_top_k", native_top_k, real.native_k),
@@ -168,7 +180,9 @@ def find_views(
         if asked is not None and asked != has:
             raise UserError(f"{key}: {asked}, but the teacher's MoE blocks have {has}; leave the key out")
     if real.native_k > real.num_experts:
-        raise UserError(f"native_top_k: {real.native_k} is more than the {real.num_experts} experts; lower it")
+        raise UserError(
+            f"model.routing.native_top_k: {real.native_k} is more than the {real.num_experts} experts; lower it"
+        )
     return views
 
 
