@@ -72,7 +72,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_batch(distill, config, monkeyp
         return total, breakdown
 
     plant(monkeypatch, bug)
-    with pytest.raises(AuditError, match="kd_loss: not finite in training at step 2"):
+    with pytest.raises(AuditError, match="kd_loss, gradient: not finite in training at step 2"):
         distill("fit", config)
     (saved,) = tmp_path.glob("lightning_logs/version_0/nonfinite_batch.pt")
     batch = torch.load(saved, weights_only=True)

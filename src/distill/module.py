@@ -139,6 +139,7 @@ class DistillationModule(L.LightningModule):
         self._window = torch.zeros(0)
         self._tokens, self._tokens_since = 0, 0.0
         self._validating_since = 0.0
+        self._horizon = 0
         self._configured: list[dict[str, Any]] = []
         self._idle_student: dict[tuple[str, ...], list[nn.Parameter]] = {}
         self.metrics = DistillationMetrics()
@@ -372,8 +373,9 @@ class DistillationModule(L.LightningModule):
             betas=self.betas,
             fused=self.trainer.precision != "16-mixed",
         )
-        schedule = warmup_cosine(optimizer, self.warmup_steps, horizon, self.min_learning_rate_ratio)
+        self._horizon = horizon
         self._configured = [{key: group[key] for key in CONFIGURED} for group in optimizer.param_groups]
+        schedule = warmup_cosine(optimizer, self.warmup_steps, horizon, self.min_learning_rate_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
@@ -394,8 +396,8 @@ class DistillationModule(L.LightningModule):
         self._tokens, self._tokens_since = 0, time.perf_counter()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Asks for a validation after the last step, which Lightning omits where `max_steps` ends inside an epoch."""
-        if self.trainer.global_step >= self.trainer.max_steps > 0:
+        """Asks for a validation after the last step, which Lightning omits where the run ends between two of them."""
+        if self.trainer.global_step >= self._horizon:
             self.trainer.should_stop = True
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -79,12 +79,9 @@ class SaveConfig(SaveConfigCallback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         fresh = getattr(trainer, "fresh_directory", None)
-        if (
-            fresh is not None
-            and isinstance(exception, UserError)
-            and trainer.global_step == 0
-            and trainer.is_global_zero
-        ):
+        started = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        refused = isinstance(exception, ValueError | MisconfigurationException) and not started
+        if refused and fresh is not None and trainer.is_global_zero:
             shutil.rmtree(fresh, ignore_errors=True)
 
 
