@@ -158,8 +158,10 @@ def test_a_resume_within_an_epoch_equals_the_unbroken_run(distill, config):
 
 
 def test_rates_of_the_configuration_beat_the_checkpoint_s(distill, config):
-    config["trainer"]["max_steps"] = 4
-    path = Path(distill("fit", config, "--trainer.max_steps", "2").trainer.log_dir, "checkpoints", "last.ckpt")
+    config["trainer"] |= {"max_steps": 4, "val_check_interval": 2}
+    saving = {"monitor": None, "save_top_k": -1, "filename": "step={step}", "auto_insert_metric_name": False}
+    config["checkpoint"] = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saving}
+    path = Path(distill("fit", config).trainer.log_dir, "checkpoints", "step=2.ckpt")
     config["model"] |= {"learning_rate": 1e-5, "weight_decay": 0.5}
     with pytest.warns(UserWarning, match="model.learning_rate 0.001 -> 1e-05"):
         cli = distill("fit", config, "--ckpt_path", str(path))
