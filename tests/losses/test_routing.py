@@ -496,7 +496,7 @@ def test_layers_at_even_depth_fractions():
         ({"teacher_layers": [2]}, "teacher_layers: 2 is not a layer; the model has layers 0 to 1"),
         ({"teacher_layers": [1, 1]}, r"teacher_layers: \[1, 1\] names a layer twice"),
         ({"student_layers": [3]}, "student_layers: 3 is not a layer; the model has layers 0 to 2"),
-        ({"student_layers": [0, 1]}, r"student_layers: \[0, 1\] are not one for each of the teacher layers \[1\]"),
+        ({"student_layers": [0, 1]}, r"student_layers: \[0, 1\] are not one for each of teacher_layers \[1\]"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(options, message):
