@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distill.breakdown import LossBreakdown
-from distill.callbacks.audit import AuditError
+from distill.errors import AuditError
 from distill.module import DistillationModule
 
 

@@ -7,21 +7,21 @@ import sys
 
 
 def main() -> None:
-    """Runs `distill`: exit code 0 on success, 2 with one line on stderr for what a user can put right."""
+    """Runs `distill`. Exit code 0; 2 with one line on stderr for bad input, 1 with one where the audit stopped a run."""
     if sys.argv[1:] == ["--version"]:
         from distill import __version__
 
         print(f"distill {__version__}")
         return
 
-    from distill.errors import UserError
+    from distill.errors import AuditError, UserError
     from distill.program import run
 
     try:
         run()
-    except UserError as error:
+    except (UserError, AuditError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, UserError) else 1)
 
 
 if __name__ == "__main__":

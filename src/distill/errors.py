@@ -1,4 +1,4 @@
-"""One exception for what a user can put right: the command line prints its sentence and no traceback."""
+"""Two exceptions that the command line prints as a sentence, without a traceback: bad input, and a broken promise."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,6 +6,10 @@ from collections.abc import Iterable
 
 class UserError(ValueError):
     """Bad input, told in one sentence that names the key, the value and the remedy."""
+
+
+class AuditError(RuntimeError):
+    """A number does not reconcile or is not finite; the message names the component, the step and the rule."""
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:

@@ -163,7 +163,8 @@ class DistillCLI(LightningCLI):
         chosen = [self._get(self.config_init, key) for key in keys]
         extra = [self._get(self.config_init, "curriculum"), *(callback for callback in chosen if callback is not None)]
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
-        own_bars = [c for c in config.get("callbacks") or [] if isinstance(c, LightningBar)]
+        listed = config.get("callbacks") or []
+        own_bars = [c for c in (listed if isinstance(listed, list) else [listed]) if isinstance(c, LightningBar)]
         if own_bars or config.get("enable_progress_bar") is False:
             extra = [callback for callback in extra if not isinstance(callback, ProgressBar)]
         if not own_bars and not any(isinstance(callback, ProgressBar) for callback in extra):

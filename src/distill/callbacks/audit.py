@@ -20,10 +20,7 @@ from distill.breakdown import WEIGHT_KEY, LossBreakdown
 from distill.callbacks.curriculum import Curriculum
 from distill.callbacks.text import run_directory
 from distill.callbacks.train_debug import unscaled
-
-
-class AuditError(RuntimeError):
-    """A number does not reconcile; the message names the component and the rule."""
+from distill.errors import AuditError
 
 
 @dataclass
