@@ -130,9 +130,11 @@ def test_the_configuration_beats_the_checkpoint_and_says_so(distill, config):
     assert "val/lm_loss" not in cli.trainer.callback_metrics
 
 
-def test_another_teacher_than_the_checkpoint_s_is_refused(distill, config, assets):
+def test_another_teacher_or_temperature_than_the_checkpoint_s_is_refused(distill, config, assets):
     config["trainer"]["max_steps"] = 2
     path = Path(distill("fit", config).trainer.log_dir, "checkpoints", "last.ckpt")
+    with pytest.raises(UserError, match=r"curriculum.temperature: 4.0, but the checkpoint was made with 2.0"):
+        distill("validate", config, "--ckpt_path", str(path), "--curriculum.temperature", "4.0")
     moved = path.parents[3] / "moved"
     shutil.copytree(assets / "llama", moved)
     config["model"]["teacher"] = str(moved)

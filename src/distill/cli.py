@@ -7,7 +7,7 @@ import sys
 
 
 def main() -> None:
-    """Runs `distill`. Exit code 0; 2 with one line on stderr for bad input, 1 with one where the audit stopped a run."""
+    """Runs `distill`. Exit code 2 with one line on stderr for bad input, 1 with one where the audit stopped a run."""
     if sys.argv[1:] == ["--version"]:
         from distill import __version__
 

@@ -131,7 +131,17 @@ class Curriculum(Callback):
             pl_module.curriculum = state
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "horizon": self.horizon}
+        return {"step": self.step, "horizon": self.horizon, "temperature": self.temperature}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues where the checkpoint stands.
+
+        Raises:
+            UserError: it was made at another temperature, so that its losses would not compare.
+        """
+        if state_dict["temperature"] != self.temperature:
+            raise UserError(
+                f"curriculum.temperature: {self.temperature}, but the checkpoint was made with "
+                f"{state_dict['temperature']}: use that, or start anew from the student's weights"
+            )
         self.step, self.horizon = state_dict["step"], state_dict["horizon"]
