@@ -1,27 +1,56 @@
-"""The command line: LightningCLI with our defaults on, and errors for people.
+"""The command line: LightningCLI for what runs a trainer, plain functions for the rest, and errors for people.
 
-Nothing heavy is imported before it is needed. The price is imports inside `main`.
+Nothing heavy is imported before it is needed, so that `--help` and `--version` answer at once. The price is a table of
+names here and imports inside `main`.
 """
 
+import importlib
 import sys
+
+# Subcommand -> what it does. Those of the trainer are LightningCLI's; each other one is `main(arguments) -> exit code`
+# of the module of its name in `distill.commands`.
+TRAINER = {
+    "fit": "distil, as a configuration says",
+    "validate": "validate a checkpoint with the weights that training had there",
+    "test": "the same on the test data",
+}
+COMMANDS: dict[str, str] = {}
 
 
 def main() -> None:
-    """Runs `distill`. Exit code 2 with one line on stderr for bad input, 1 with one where the audit stopped a run."""
-    if sys.argv[1:] == ["--version"]:
+    """Runs `distill`.
+
+    Exit codes: 0; 1 where a run was stopped by the audit or a command has findings, 2 for bad input, each with one line
+    on stderr.
+    """
+    arguments = sys.argv[1:]
+    if arguments == ["--version"]:
         from distill import __version__
 
         print(f"distill {__version__}")
         return
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return
 
     from distill.errors import AuditError, UserError
-    from distill.program import run
 
     try:
+        if arguments[0] in COMMANDS:
+            command = importlib.import_module(f"distill.commands.{arguments[0]}")
+            sys.exit(command.main(arguments[1:]))
+        from distill.program import run
+
         run()
     except (UserError, AuditError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
+
+
+def usage() -> str:
+    """The top-level help, without importing what would make it slow."""
+    rows = "\n".join(f"  {name:<10} {text}" for name, text in (TRAINER | COMMANDS).items())
+    return f"usage: distill COMMAND ...\n\n{rows}\n\ndistill COMMAND --help explains a command's keys."
 
 
 if __name__ == "__main__":
