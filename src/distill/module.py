@@ -6,7 +6,6 @@ come from a datamodule that counts ahead.
 """
 
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cached_property
@@ -14,7 +13,6 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -24,12 +22,14 @@ from distill import checkpoints, models
 from distill.breakdown import WEIGHT_KEY, LossBreakdown
 from distill.curriculum import WEIGHT_KEYS, CurriculumState
 from distill.errors import UserError
+from distill.idle import IdleParameters
 from distill.losses.engine import KDLoss
 from distill.losses.head import check_lm_head, lm_head_of
 from distill.losses.routing import UNIT, Routing
 from distill.metrics import DistillationMetrics
 from distill.objective import Losses, objective
 from distill.optim import CONFIGURED, adamw, configuration_wins, horizon_of, warmup_cosine
+from distill.steps import StepSums, Throughput
 from distill.teachers.online import OnlineTeacher, decode
 
 
@@ -136,12 +136,10 @@ class DistillationModule(L.LightningModule):
         self.student: PreTrainedModel | None = None
         self.teacher: OnlineTeacher | None = None
         self.grad_norm: Tensor | None = None
-        self._window = torch.zeros(0)
-        self._tokens, self._tokens_since = 0, 0.0
-        self._validating_since = 0.0
+        self._step_sums, self._throughput = StepSums(), Throughput()
         self._horizon = 0
         self._configured: list[dict[str, Any]] = []
-        self._idle_student: dict[tuple[str, ...], list[nn.Parameter]] = {}
+        self._idle: IdleParameters | None = None
         self.metrics = DistillationMetrics()
 
     # Set-up
@@ -176,6 +174,7 @@ class DistillationModule(L.LightningModule):
         self.student.train()
         if self.routing is not None:
             self.routing.build(teacher, self.student.config)
+        self._idle = IdleParameters(self.student, self.routing)
         self.teacher = OnlineTeacher(teacher.to(target), self.teacher_top_k)
 
     @property
@@ -188,10 +187,10 @@ class DistillationModule(L.LightningModule):
 
     def on_validation_start(self) -> None:
         self._place_teacher()
-        self._validating_since = time.perf_counter()
+        self._throughput.pause()
 
     def on_validation_end(self) -> None:
-        self._tokens_since += time.perf_counter() - self._validating_since  # throughput is that of training
+        self._throughput.resume()
 
     def on_test_start(self) -> None:
         self._place_teacher()
@@ -235,31 +234,25 @@ class DistillationModule(L.LightningModule):
             this micro-batch; `step`, the breakdown of the whole optimizer step over all ranks, on a window's last
             micro-batch where a logger or a dump reads it, else None.
         """
+        assert self._idle is not None
         accumulation = self.trainer.accumulate_grad_batches
         result = self.losses(batch, share=accumulation * self.trainer.world_size)
         total, breakdown = result.total, result.breakdown
         due = self.step_is_read or self._logs_this_step()
         self.step_is_read, self.measure_inactive = False, frozenset()
         if isinstance(self.trainer.strategy, DDPStrategy) or not total.requires_grad:
-            idle = self._idle_parameters(total)  # DDP wants to find every parameter in the graph
+            idle = self._idle(self.component_weights(), total)  # DDP wants to find every parameter in the graph
             total = total + sum((p.sum() for p in idle), torch.zeros((), device=self.device)) * 0.0
 
-        step = None
         if due:
-            parts = [value.double() / accumulation for value in breakdown.raw.values()]
-            values = torch.stack(parts) if parts else torch.zeros(0, device=self.device)
-            starts = batch_idx % accumulation == 0 or len(self._window) != len(values)
-            self._window = values if starts else self._window + values
-        window_ends = (batch_idx + 1) % accumulation == 0 or self.trainer.is_last_batch
-        if window_ends:
-            self._tokens += batch["units"]["tokens"]
-        if due and window_ends:
-            if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(self._window)  # unlike Lightning's reduce, without a barrier that the host waits at
-                self._window /= self.trainer.world_size
-            step = LossBreakdown(dict(zip(breakdown.raw, self._window.unbind(), strict=True)), breakdown.weights)
-            if self._logs_this_step():
-                self._log_step(step, result.routing_stats)
+            self._step_sums.add(breakdown, accumulation, starts=batch_idx % accumulation == 0)
+        step = None
+        if (batch_idx + 1) % accumulation == 0 or self.trainer.is_last_batch:
+            self._throughput.add(batch["units"]["tokens"])
+            if due:
+                step = self._step_sums.whole(breakdown)
+                if self._logs_this_step():
+                    self._log_step(step, result.routing_stats)
         return {"loss": total, "total": total.detach(), "breakdown": breakdown, "step": step}
 
     def _logs_this_step(self) -> bool:
@@ -269,7 +262,7 @@ class DistillationModule(L.LightningModule):
 
     def _log_step(self, step: LossBreakdown, stats: dict[str, Tensor]) -> None:
         """Logs the optimizer step under the names of the metrics table."""
-        state, now = self.curriculum, time.perf_counter()
+        state = self.curriculum
         figures: dict[str, Any] = {"train/loss": step.total}
         figures |= {f"train/{name}": step.raw[name] for name in step.active}
         figures |= {f"train/{name}_scaled": value for name, value in step.scaled.items()}
@@ -277,34 +270,10 @@ class DistillationModule(L.LightningModule):
         figures["curriculum/temperature"] = state.temperature
         if self.routing is not None:
             figures["curriculum/top_k_experts"] = float(state.top_k_experts or self.routing.native_k)
-        figures["train/tokens_per_s"] = self._tokens / (now - self._tokens_since)
-        self._tokens, self._tokens_since = 0, now
+        figures["train/tokens_per_s"] = self._throughput.read()
         figures |= {f"routing/{name}": value for name, value in stats.items()}
         self.log_dict(figures)
         self.log("loss", step.total, prog_bar=True, logger=False)
-
-    def _idle_parameters(self, total: Tensor | None = None) -> list[nn.Parameter]:
-        """Parameters that no component of weight above zero trains.
-
-        Of the student these can only be found by asking autograd, once for each set of active components that has
-        neither `kd_loss` nor `lm_loss`; `total` is that loss.
-        """
-        assert self.student is not None
-        weights = self.component_weights()
-        active = tuple(name for name, weight in weights.items() if weight > 0)
-        idle: list[nn.Parameter] = []
-        if self.routing is not None:
-            used = {id(p) for name in active if name in UNIT for p in self.routing.trained_by(name)}
-            idle += [parameter for parameter in self.routing.parameters() if id(parameter) not in used]
-        if "kd_loss" in active or "lm_loss" in active:
-            return idle
-        if active not in self._idle_student:
-            trained = [p for p in self.student.parameters() if p.requires_grad]
-            if total is not None and total.requires_grad:
-                found = torch.autograd.grad(total, trained, retain_graph=True, allow_unused=True)
-                trained = [p for p, gradient in zip(trained, found, strict=True) if gradient is None]
-            self._idle_student = {active: trained}
-        return idle + self._idle_student[active]
 
     # Validation
 
@@ -393,7 +362,7 @@ class DistillationModule(L.LightningModule):
             rank_zero_info(
                 f"Validation waits for the end of an accumulation window: every {whole} batches, not {every}."
             )
-        self._tokens, self._tokens_since = 0, time.perf_counter()
+        self._throughput = Throughput()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Asks for a validation after the last step, which Lightning omits where the run ends between two of them."""
@@ -401,7 +370,8 @@ class DistillationModule(L.LightningModule):
             self.trainer.should_stop = True
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        for parameter in self._idle_parameters():
+        assert self._idle is not None
+        for parameter in self._idle(self.component_weights()):
             parameter.grad = None
 
     def configure_gradient_clipping(

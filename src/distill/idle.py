@@ -1,0 +1,41 @@
+"""Parameters that no component of weight above zero trains now.
+
+DDP wants to find every parameter in the graph, and AdamW must neither move nor decay one that nothing trains. Of the
+student these can only be found by asking autograd; the price is one more backward pass for each set of active
+components that has neither `kd_loss` nor `lm_loss`.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from distill.losses.routing import UNIT, Routing
+
+
+class IdleParameters:
+    """Finds them for the active components.
+
+    Args:
+        student: trained.
+        routing: projections and probes.
+    """
+
+    def __init__(self, student: nn.Module, routing: Routing | None) -> None:
+        self.student, self.routing = student, routing
+        self._of_student: dict[tuple[str, ...], list[nn.Parameter]] = {}
+
+    def __call__(self, weights: dict[str, float], total: Tensor | None = None) -> list[nn.Parameter]:
+        """The idle ones under these component weights; `total` is the loss that they gave, where there is one."""
+        active = tuple(name for name, weight in weights.items() if weight > 0)
+        idle: list[nn.Parameter] = []
+        if self.routing is not None:
+            used = {id(p) for name in active if name in UNIT for p in self.routing.trained_by(name)}
+            idle += [parameter for parameter in self.routing.parameters() if id(parameter) not in used]
+        if "kd_loss" in active or "lm_loss" in active:
+            return idle
+        if active not in self._of_student:
+            trained = [p for p in self.student.parameters() if p.requires_grad]
+            if total is not None and total.requires_grad:
+                found = torch.autograd.grad(total, trained, retain_graph=True, allow_unused=True)
+                trained = [p for p, gradient in zip(trained, found, strict=True) if gradient is None]
+            self._of_student = {active: trained}
+        return idle + self._of_student[active]
