@@ -3,8 +3,11 @@
 The configuration beats the checkpoint; the price is that a differing one must be told, which is done in a warning.
 """
 
+import zipfile
+from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -19,20 +22,42 @@ def describe(settings: dict[str, Any]) -> dict[str, Any]:
     return {"format": FORMAT, "settings": settings}
 
 
+def read(path: str, key: str = "ckpt_path") -> dict[str, Any]:
+    """A checkpoint file with its tensors mapped from disk, none of its code run.
+
+    Raises:
+        UserError: no such file, truncated, of another program or a newer format; messages call it `key`.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{key}: {path} does not exist: give a .ckpt file of a run's checkpoints folder")
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{key}: {path} is truncated or no checkpoint: take an earlier one")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a damaged archive fails in whatever line reads it, and so does code in one
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{key}: {path} cannot be read ({reason}): take an earlier one") from error
+    _known(checkpoint, key)
+    return checkpoint
+
+
+def _known(checkpoint: dict[str, Any], key: str) -> dict[str, Any]:
+    """The entry that says what a checkpoint is, of a format that this version reads."""
+    stored = checkpoint.get("distill")
+    if stored is None:
+        raise UserError(f"{key}: this is no checkpoint of distill: give one from a run's checkpoints folder")
+    if stored["format"] > FORMAT:
+        raise UserError(f"{key}: format {stored['format']} is newer than {FORMAT}: update student-aware-distillation")
+    return stored
+
+
 def check(checkpoint: dict[str, Any], settings: dict[str, Any], state: dict[str, Tensor]) -> None:
     """Refuses what cannot be loaded into `state` and warns where the settings differ.
 
     Raises:
         UserError: a checkpoint of a newer format, not of this program, or of tensors with other shapes.
     """
-    stored = checkpoint.get("distill")
-    if stored is None:
-        raise UserError("ckpt_path: this is no checkpoint of distill: give one from a run's checkpoints folder")
-    if stored["format"] > FORMAT:
-        raise UserError(
-            f"ckpt_path: format {stored['format']} is newer than {FORMAT}: update student-aware-distillation"
-        )
-    theirs = stored["settings"]
+    theirs = _known(checkpoint, "ckpt_path")["settings"]
     for key in BINDING:
         if key in settings and theirs.get(key) != settings[key]:
             raise UserError(

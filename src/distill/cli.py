@@ -14,7 +14,10 @@ TRAINER = {
     "validate": "validate a checkpoint with the weights that training had there",
     "test": "the same on the test data",
 }
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "diagnose": "say in plain words what a run's log and metrics show, and what to fix",
+    "export": "write a checkpoint's student as a transformers folder",
+}
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distill import checkpoints, models
+from distill import checkpoints, models, students
 from distill.breakdown import WEIGHT_KEY, LossBreakdown
 from distill.curriculum import WEIGHT_KEYS, CurriculumState
 from distill.errors import UserError
@@ -411,7 +411,7 @@ class DistillationModule(L.LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["distill"] = checkpoints.describe(self.settings())
+        checkpoint["distill"] = checkpoints.describe(self.settings()) | students.record(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoints.check(checkpoint, self.settings(), self.state_dict())

@@ -1,0 +1,202 @@
+"""A student on its own: what its checkpoint must say of it, and how export, evaluation and prediction load one.
+
+A checkpoint carries the student's configuration and the source of its tokenizer as plain values, so that neither the
+teacher nor the run's directory is needed later; the price is a few kilobytes in each. A folder, a hub id, a GGUF file
+and `package://name/file` load just as well.
+"""
+
+import dataclasses
+import inspect
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from distill import checkpoints, models
+from distill.errors import UserError
+from distill.sources import quiet_transformers
+
+
+@dataclass(frozen=True)
+class Student:
+    """A causal language model with its tokenizer.
+
+    Args:
+        model: in eval mode.
+        tokenizer: with the chat template where there is one.
+        checkpoint: the `distill` entry and `global_step` of the checkpoint that it came from, empty for other sources.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    checkpoint: dict[str, Any]
+
+
+def record(module: Any) -> dict[str, Any]:
+    """What a checkpoint says of its student and its run, as plain values.
+
+    Args:
+        module: a DistillationModule whose models were built, with its trainer.
+
+    Returns:
+        `student`: config, generation_config, tokenizer; `run`: components, data, curriculum, trainer, metrics of
+        the last validation, whatever of them there is.
+    """
+    trainer = module.trainer
+    data = getattr(trainer, "datamodule", None)
+    curriculum = next((c for c in trainer.callbacks if type(c).__name__ == "Curriculum"), None)
+    # A student with random weights speaks the teacher's tokens, and its own defaults for where to stop mean others.
+    random = module.student_sources["student_config"] is not None and module.teacher is not None
+    generation: GenerationConfig = (module.teacher.model if random else module.student).generation_config
+    source = getattr(data, "tokenizer_source", None) or module.teacher_source
+    return {
+        "student": {
+            "config": plain(module.student.config.to_dict()),
+            "generation_config": plain(generation.to_dict()),
+            "tokenizer": str(Path(source).resolve()) if Path(source).exists() else source,
+        },
+        "run": {
+            "components": list(module.components),
+            "data": _arguments(data) if data is not None else {},
+            "curriculum": _arguments(curriculum) | plain(curriculum.weights) if curriculum is not None else {},
+            "trainer": {
+                "precision": str(trainer.precision),
+                "accumulate_grad_batches": trainer.accumulate_grad_batches,
+                "world_size": trainer.world_size,
+            },
+            "metrics": {
+                name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")
+            },
+        },
+    }
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it, so that it loads with `weights_only=True`; what JSON has no word for becomes a string."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    return json.loads(json.dumps(value, default=str))
+
+
+def _arguments(instance: Any) -> dict[str, Any]:
+    """Constructor arguments of an object that keeps them under their names; what is no plain value is left out."""
+    names = [name for name in inspect.signature(type(instance)).parameters if hasattr(instance, name)]
+    values = {name: getattr(instance, name) for name in names}
+    return {
+        name: plain(value)
+        for name, value in values.items()
+        if isinstance(value, str | int | float | list | dict | None) or dataclasses.is_dataclass(value)
+    }
+
+
+def is_checkpoint(source: str) -> bool:
+    """Whether a source names a checkpoint of a run rather than a model.
+
+    Raises:
+        UserError: it is the directory of a run, or a sharded checkpoint.
+    """
+    path = Path(source)
+    if path.is_dir() and (path / ".metadata").exists():
+        raise UserError(
+            f"student: {source!r} is a sharded checkpoint; make one file of it with "
+            f"`python -m lightning.pytorch.utilities.consolidate_checkpoint {source}` and give that"
+        )
+    if path.is_dir() and (path / "checkpoints").is_dir() and not (path / "config.json").exists():
+        found = sorted(item.name for item in (path / "checkpoints").iterdir())
+        raise UserError(f"student: {source!r} is a run's directory; give one of its checkpoints: {', '.join(found)}")
+    return path.suffix == ".ckpt"
+
+
+def load_student(
+    source: str,
+    *,
+    tokenizer: str | None = None,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    key: str = "student",
+) -> Student:
+    """The student of a checkpoint, or any model.
+
+    Args:
+        source: a run's `.ckpt` file, or what `models.load_model` takes.
+        tokenizer: source of the tokenizer; by default the checkpoint's, or the model's own.
+        dtype: of the weights; by default as a checkpoint has them, and float32 for other sources.
+        trust_remote_code: run code that comes with the model or tokenizer.
+        allow_pickle: accept `pytorch_model.bin`.
+        key: what error messages call the source.
+
+    Raises:
+        UserError: no such source; a checkpoint that is truncated, of another program, of a newer format, sharded, or
+            without what its student needs; a tokenizer that cannot be had.
+    """
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if not is_checkpoint(source):
+        loaded = models.load_model(source, dtype=dtype or torch.float32, allow_pickle=allow_pickle, key=key, **options)
+        return Student(loaded, models.load_tokenizer(tokenizer or source, key=key, **options), {})
+    checkpoint = checkpoints.read(source, key)
+    described = checkpoint["distill"]
+    if "student" not in described:
+        raise UserError(
+            f"{key}: {source!r} was written before checkpoints described their student; resume its run to write another"
+        )
+    words: Any = models.load_tokenizer(
+        tokenizer or described["student"]["tokenizer"], key=f"{key}: tokenizer", **options
+    )
+    model = restore(described["student"], checkpoint["state_dict"], dtype, key)
+    if described["settings"].get("model.student_config") is not None:
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # the config's defaults mean other tokens
+            setattr(model.config, name, getattr(words, name))
+    return Student(model, words, {"global_step": checkpoint["global_step"], **described})
+
+
+def restore(
+    described: Mapping[str, Any], state: Mapping[str, Tensor], dtype: torch.dtype | None = None, key: str = "student"
+) -> PreTrainedModel:
+    """A student in eval mode, from what its checkpoint says of it; projections stay behind.
+
+    Args:
+        described: the `student` entry of `record`.
+        state: the checkpoint's state_dict, with the student under `student.`.
+        dtype: of the weights; as they are when None.
+        key: what error messages call the source.
+
+    Raises:
+        UserError: a model that this transformers does not know, or weights that do not fit it.
+    """
+    config = _config(described["config"], key)
+    weights = {name.removeprefix("student."): value for name, value in state.items() if name.startswith("student.")}
+    floating = next((value.dtype for value in weights.values() if value.is_floating_point()), torch.float32)
+    with quiet_transformers():
+        with torch.device("meta"):
+            kind = type(AutoModelForCausalLM.from_config(config))
+        model, info = kind.from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtype or floating, output_loading_info=True
+        )
+        model.generation_config = GenerationConfig.from_dict(dict(described["generation_config"]))
+    if wrong := sorted(info["missing_keys"]) + sorted(info["unexpected_keys"]) + sorted(info["mismatched_keys"]):
+        raise UserError(f"{key}: {len(wrong)} weights do not fit {kind.__name__}, {wrong[0]} first; give another file")
+    model.config.use_cache = True  # training switched it off, and generation wants it
+    return model.eval()
+
+
+def _config(values: Mapping[str, Any], key: str) -> PreTrainedConfig:
+    kind = values["model_type"]
+    if "auto_map" in values or kind not in CONFIG_MAPPING:
+        raise UserError(
+            f"{key}: a student of type {kind!r} brings its own code or is unknown to this transformers; "
+            "use the version that it was trained with, or a student of a known type"
+        )
+    return CONFIG_MAPPING[kind].from_dict(dict(values))
