@@ -1,8 +1,9 @@
 """Parameters that no component of weight above zero trains now.
 
-DDP wants to find every parameter in the graph, and AdamW must neither move nor decay one that nothing trains. Of the
-student these can only be found by asking autograd; the price is one more backward pass for each set of active
-components that has neither `kd_loss` nor `lm_loss`.
+DDP wants to find every parameter in the graph, so these are tied to the loss with a factor of zero, and lose their
+gradient before the optimizer's step: AdamW must neither move nor decay what nothing trains. Of the student these can
+only be found by asking autograd; the price is one more backward pass for each set of active components that has neither
+`kd_loss` nor `lm_loss`.
 """
 
 import torch
@@ -23,8 +24,8 @@ class IdleParameters:
         self.student, self.routing = student, routing
         self._of_student: dict[tuple[str, ...], list[nn.Parameter]] = {}
 
-    def __call__(self, weights: dict[str, float], total: Tensor | None = None) -> list[nn.Parameter]:
-        """The idle ones under these component weights; `total` is the loss that they gave, where there is one."""
+    def __call__(self, weights: dict[str, float], total: Tensor) -> list[nn.Parameter]:
+        """The idle ones under these component weights; `total` is the loss that they gave."""
         active = tuple(name for name, weight in weights.items() if weight > 0)
         idle: list[nn.Parameter] = []
         if self.routing is not None:
@@ -34,7 +35,7 @@ class IdleParameters:
             return idle
         if active not in self._of_student:
             trained = [p for p in self.student.parameters() if p.requires_grad]
-            if total is not None and total.requires_grad:
+            if total.requires_grad:
                 found = torch.autograd.grad(total, trained, retain_graph=True, allow_unused=True)
                 trained = [p for p, gradient in zip(trained, found, strict=True) if gradient is None]
             self._of_student = {active: trained}

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -30,7 +30,9 @@ from distill.metrics import DistillationMetrics
 from distill.objective import Losses, objective
 from distill.optim import CONFIGURED, adamw, configuration_wins, horizon_of, warmup_cosine
 from distill.steps import StepSums, Throughput
-from distill.teachers.online import OnlineTeacher, decode
+from distill.strategies import check_sharded, check_strategy, local_sum, shard_model, shard_module, whole_norm
+from distill.teachers.online import OnlineTeacher
+from distill.trace import decode
 
 
 class DistillationModule(L.LightningModule):
@@ -140,6 +142,7 @@ class DistillationModule(L.LightningModule):
         self._horizon = 0
         self._configured: list[dict[str, Any]] = []
         self._idle: IdleParameters | None = None
+        self._anchored: list[nn.Parameter] = []
         self.metrics = DistillationMetrics()
 
     # Set-up
@@ -156,6 +159,7 @@ class DistillationModule(L.LightningModule):
         """Loads both models, once; the student is built here so that a strategy can place it."""
         if self.student is not None:
             return
+        check_strategy(self.trainer.strategy)
         torch.set_float32_matmul_precision(self.matmul_precision)
         dtype: str = self.teacher_dtype
         if dtype == "auto":
@@ -176,6 +180,12 @@ class DistillationModule(L.LightningModule):
             self.routing.build(teacher, self.student.config)
         self._idle = IdleParameters(self.student, self.routing)
         self.teacher = OnlineTeacher(teacher.to(target), self.teacher_top_k)
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            mesh = self.trainer.strategy.device_mesh["data_parallel"]
+            shard_model(teacher, mesh)
+            shard_model(self.student, mesh)
+            shard_module(self.routing, mesh)
+            check_sharded(self)
 
     @property
     def num_experts(self) -> int | None:
@@ -208,15 +218,17 @@ class DistillationModule(L.LightningModule):
         """Configured component -> the curriculum's weight now, in listing order."""
         return {name: self.curriculum.weights[WEIGHT_KEY[name]] for name in self.components}
 
-    def losses(self, batch: Mapping[str, Any], share: float, metrics: bool = False) -> Losses:
-        """The objective of a batch with the curriculum's state now; see `objective`."""
+    def losses(
+        self, batch: Mapping[str, Any], share: float, metrics: bool = False, components: list[str] | None = None
+    ) -> Losses:
+        """The objective of a batch with the curriculum's state now, of some components or all; see `objective`."""
         assert self.student is not None
         assert self.teacher is not None
         return objective(
             batch,
             self.student,
             self.teacher,
-            self.components,
+            self.components if components is None else components,
             self.curriculum,
             share,
             kd=self.kd_loss,
@@ -240,9 +252,10 @@ class DistillationModule(L.LightningModule):
         total, breakdown = result.total, result.breakdown
         due = self.step_is_read or self._logs_this_step()
         self.step_is_read, self.measure_inactive = False, frozenset()
+        self._anchored = []
         if isinstance(self.trainer.strategy, DDPStrategy) or not total.requires_grad:
-            idle = self._idle(self.component_weights(), total)  # DDP wants to find every parameter in the graph
-            total = total + sum((p.sum() for p in idle), torch.zeros((), device=self.device)) * 0.0
+            self._anchored = self._idle(self.component_weights(), total)
+            total = total + sum((local_sum(p) for p in self._anchored), torch.zeros((), device=self.device)) * 0.0
 
         if due:
             self._step_sums.add(breakdown, accumulation, starts=batch_idx % accumulation == 0)
@@ -270,6 +283,7 @@ class DistillationModule(L.LightningModule):
         figures["curriculum/temperature"] = state.temperature
         if self.routing is not None:
             figures["curriculum/top_k_experts"] = float(state.top_k_experts or self.routing.native_k)
+        figures["train/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]  # the student's, of this step
         figures["train/tokens_per_s"] = self._throughput.read()
         figures |= {f"routing/{name}": value for name, value in stats.items()}
         self.log_dict(figures)
@@ -370,8 +384,7 @@ class DistillationModule(L.LightningModule):
             self.trainer.should_stop = True
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        assert self._idle is not None
-        for parameter in self._idle(self.component_weights()):
+        for parameter in self._anchored:
             parameter.grad = None
 
     def configure_gradient_clipping(
@@ -382,7 +395,7 @@ class DistillationModule(L.LightningModule):
     ) -> None:
         """Clips by norm or value; the norm before clipping is logged as `train/grad_norm` and read by the audit."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self.grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self.grad_norm = whole_norm(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         if self._logs_this_step():
             self.log("train/grad_norm", self.grad_norm)
         if gradient_clip_val and gradient_clip_algorithm == "value":
