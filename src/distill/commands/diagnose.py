@@ -1,0 +1,144 @@
+"""`distill diagnose`: tells in plain words why a run's loss is what it is, with the lines that show it.
+
+Rules that compare figures which must reconcile come first; those over time follow. The price of plain words is that a
+script should read `--json`, whose names are stable, and not the text.
+"""
+
+import argparse
+import json
+import textwrap
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from distill.findings import rates, totals, trends, validation, weights
+from distill.findings.evidence import Finding, Run, load
+from distill.findings.printed import LATER, listed, weights_said
+
+RULES: tuple[Callable[[Run], list[Finding]], ...] = (
+    weights.routing_bypass,
+    weights.wrong_weight,
+    validation.eval_bypass,
+    totals.sum_differs,
+    trends.non_finite,
+    rates.learning_rate,
+    trends.loss_flat,
+    totals.raw_scale,
+    trends.jumps,
+    validation.train_eval_gap,
+    trends.contradicting_gradients,
+)
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What a run shows.
+
+    Args:
+        source: what was read.
+        findings: what is wrong or explains what looks wrong; none = healthy.
+        healthy: sentences on what was checked and is in order.
+        not_judged: sentences on what could not be judged, and why.
+    """
+
+    source: str
+    findings: list[Finding]
+    healthy: list[str]
+    not_judged: list[str]
+
+
+def diagnose(source: str) -> Diagnosis:
+    """Judges a run by its log and metrics.
+
+    Args:
+        source: run directory, training.log, or `-` for standard input.
+
+    Raises:
+        UserError: nothing there that could be judged.
+    """
+    run = load(source)
+    found: list[Finding] = []
+    for rule in RULES:
+        if rule is trends.loss_flat and any(f.name in ("learning rate zero", "schedule horizon") for f in found):
+            continue  # explained already
+        found += rule(run)
+    names = {finding.name for finding in found}
+    return Diagnosis(source, found, healthy(run, names), not_judged(run))
+
+
+def healthy(run: Run, names: set[str]) -> list[str]:
+    """What is in order, with the figures that show it; `names` are those of the findings."""
+    sentences = []
+    debug, evaluations = run.log.of("TRAIN DEBUG"), run.log.of("Eval")
+    said = weights_said(run)
+    zero = {key for key in LATER for entry in said.get(key, []) if entry.rank == 0 and entry.value.value == 0}
+    zero |= {key for key in LATER for entry in said.get(key, []) if entry.rank and entry.value.value == 0}
+    if zero and "routing bypass" not in names:
+        keys = ", ".join(key for key in LATER if key in zero)
+        sentences.append(
+            f"Curriculum working: where {keys} weigh 0.0000 their losses are scaled to zero"
+            + (" and TRAIN DEBUG lists none of them" if debug else "")
+            + ". If the evaluation is still high, wait for more steps."
+        )
+    sums = [block for block in debug if listed(block) is not None]
+    if sums and not names & {"sum differs", "routing bypass"}:
+        sentences.append(f"Sum of components = total in all {len(sums)} TRAIN DEBUG blocks.")
+    if evaluations and not names & {"eval bypass", "train/eval gap"}:
+        sentences.append(f"Validation weighs like training in all {len(evaluations)} evaluations.")
+    kl = run.metrics.get("val/kl_div_T1", [])
+    if len(kl) > 1:
+        sentences.append(f"val/kl_div_T1 went from {kl[0].value:.4f} (step {kl[0].step}) to {kl[-1].value:.4f}.")
+    rates = run.metrics.get("train/lr", [])
+    if rates and not names & {"learning rate zero", "schedule horizon"}:
+        sentences.append(
+            f"The learning rate is above zero and fits the run: {min(rates, key=lambda p: p.value).value:.3e} to "
+            f"{max(rates, key=lambda p: p.value).value:.3e}."
+        )
+    return sentences
+
+
+def not_judged(run: Run) -> list[str]:
+    """What is missing for a judgement."""
+    sentences = []
+    if not run.log.of("TRAIN DEBUG"):
+        sentences.append("Sums and routing bypass: there is no TRAIN DEBUG block.")
+    if not run.log.of("Eval"):
+        sentences.append("Validation against training: there is no [Eval] line.")
+    if not run.metrics:
+        sentences.append("Temperature, top-k experts and gradients: there is no metrics.csv beside the log.")
+    if not run.log.rates and not any("lr" in column for column in run.metrics):
+        sentences.append("Learning rate: neither the log nor the metrics show it.")
+    return sentences
+
+
+def render(diagnosis: Diagnosis, width: int = 100) -> str:
+    """The diagnosis as text."""
+    number = len(diagnosis.findings)
+    lines = [f"{diagnosis.source}: " + (f"{number} finding{'s' * (number > 1)}" if number else "healthy")]
+    for index, finding in enumerate(diagnosis.findings, start=1):
+        lines += ["", *textwrap.wrap(f"{index}. [{finding.name}] {finding.title}", width, subsequent_indent="   ")]
+        lines += [f"   | {line}" for line in finding.evidence]
+        for label, text in (("cause", finding.cause), ("fix", finding.fix)):
+            lines += textwrap.wrap(
+                text, width, initial_indent=f"   {label + ':':<7}", subsequent_indent=" " * 10, break_on_hyphens=False
+            )
+    for heading, sentences in (("In order:", diagnosis.healthy), ("Not judged:", diagnosis.not_judged)):
+        if sentences:
+            lines += ["", heading]
+            for sentence in sentences:
+                lines += textwrap.wrap(sentence, width, initial_indent="  - ", subsequent_indent="    ")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs `distill diagnose RUN_OR_LOG [--json]`.
+
+    Returns:
+        Exit code: 0 healthy, 1 findings.
+    """
+    parser = argparse.ArgumentParser("distill diagnose", description="Tells why a run's loss is what it is.")
+    parser.add_argument("source", metavar="RUN_OR_LOG", help="run directory, training.log, or - for standard input")
+    parser.add_argument("--json", action="store_true", help="one JSON document instead of text")
+    options = parser.parse_args(arguments)
+    diagnosis = diagnose(options.source)
+    print(json.dumps(asdict(diagnosis), indent=2) if options.json else render(diagnosis))
+    return 1 if diagnosis.findings else 0

@@ -1,0 +1,137 @@
+"""Validation against training: the same weights, and on these no more than 1.5 x apart.
+
+The 1.5 is the behaviour contract's. The price of comparing with the largest training total since the validation before:
+a gap that is smaller than what training fell in between is not seen.
+"""
+
+import math
+from typing import TypeVar
+
+from distill.findings.evidence import Finding, Run, raw_readings, shorten
+from distill.findings.printed import listed, same, total_of, weight_at, weights_said
+from distill.findings.weights import UNKNOWN_RAW
+from distill.training_log import Block, Figure, weight_key
+
+GAP = 1.5
+Entry = TypeVar("Entry")
+
+
+def eval_bypass(run: Run) -> list[Finding]:
+    """Validation that weighs otherwise than training, or whose loss is not the sum of its parts."""
+    said, evidence, names = weights_said(run), [], []
+    for block in run.log.of("Eval"):
+        scaled: list[Figure] = []
+        for name, parts in block.components.items():
+            entries = [s for s in said.get(weight_key(name), []) if s.rank == 0 or s.line is None]
+            weight = weight_at(run, entries, block)
+            if parts.weight and weight and not same(parts.weight, weight.value):
+                names.append(name)
+                evidence += [weight.text, run.quote(block, parts.weight)]
+            elif (
+                not parts.weight
+                and parts.scaled
+                and weight
+                and weight.value.value == 0
+                and abs(parts.scaled.value) > parts.scaled.half + weight.value.half * UNKNOWN_RAW
+            ):
+                names.append(name)
+                evidence += [weight.text, run.quote(block, parts.scaled)]
+            if parts.scaled is not None:
+                scaled.append(parts.scaled)
+        loss = block.figures.get("loss")
+        if loss and scaled and whole(block) and not same(loss, total_of(scaled)):
+            evidence += [f"{run.quote(block, loss)} (its components add up to {total_of(scaled).value:.4f})"]
+        elif (
+            loss
+            and not (block.components and whole(block))
+            and (train := training_total(run, block))
+            and loss.value > GAP * train[0]
+        ):
+            evidence += [train[1], f"{run.quote(block, loss)} ({loss.value / train[0]:.1f} x the training total)"]
+    if not evidence:
+        return []
+    which = f": {', '.join(dict.fromkeys(names))} weigh otherwise there" if names else ""
+    return [
+        Finding(
+            "eval bypass",
+            f"Evaluation bypasses the curriculum{which}.",
+            shorten(evidence),
+            "validation weighs otherwise than training did, or uses another sparsity or mask",
+            "give validation the curriculum's state: the same weights, temperature, masks and sparse targets as the "
+            "training step before it, through the same function",
+        )
+    ]
+
+
+def train_eval_gap(run: Run) -> list[Finding]:
+    """Validation and training on the same weighting, compared as totals and told by component."""
+    raw = raw_readings(run)
+    for block in reversed(run.log.of("Eval")):
+        rows = []
+        for name, parts in block.components.items():
+            readings = since(run, block, raw.get(name, [])) if block.step is not None else []
+            if parts.weight and parts.weight.value > 0 and parts.raw and math.isfinite(parts.raw.value) and readings:
+                rows.append((name, parts, readings))
+        if not rows:
+            continue
+        weighed = [(parts.weight.value, parts.raw.value, readings) for _, parts, readings in rows]  # type: ignore[union-attr]
+        validation = sum(weight * value for weight, value, _ in weighed)
+        high = sum(weight * max(readings) for weight, _, readings in weighed)
+        low = sum(weight * min(readings) for weight, _, readings in weighed)
+        many = min(len(readings) for _, _, readings in weighed) >= 3
+        if validation > GAP * high or (many and validation * GAP < low):
+            reference = high if validation > high else low
+            pick = max if validation > high else min
+            split = [f"{run.quote(block, parts.raw)} (training: raw {pick(seen):.4f})" for _, parts, seen in rows]
+            return [
+                Finding(
+                    "train/eval gap",
+                    f"On the same weighting validation is {validation / reference:.1f} x training "
+                    f"({validation:.4f} against {reference:.4f}) at step {block.step}.",
+                    shorten(split),
+                    "the weights agree, so validation measures otherwise (another temperature, sparsity or mask), or "
+                    "the data differ, or the student has learned the training text by heart",
+                    "look at the component with the largest gap: give validation the training step's temperature, "
+                    "targets and masks; if these agree, take more data or stop at the best val/kl_div_T1",
+                )
+            ]
+        break
+    return []
+
+
+def training_total(run: Run, evaluation: Block) -> tuple[float, str] | None:
+    """The largest training total since the evaluation before, else the nearest; with the line that says so."""
+    entries = [
+        (block.step, block.line, figure.value, run.quote(block, figure))
+        for block in run.log.of("TRAIN DEBUG")
+        if (figure := block.figures.get("total") or block.figures.get("sum") or listed(block)) is not None
+    ]
+    entries += [(p.step, 0, p.value, run.say("train/loss", p)) for p in run.metrics.get("train/loss", [])]
+    if evaluation.step is None or all(entry[0] is None for entry in entries):
+        near = min(
+            (entry for entry in entries if entry[1]), key=lambda entry: abs(entry[1] - evaluation.line), default=None
+        )
+        return near and (near[2], near[3])
+    window = since(run, evaluation, [(entry[0], entry) for entry in entries if entry[0] is not None])
+    worst = max(window, key=lambda entry: entry[2], default=None)
+    return worst and (worst[2], worst[3])
+
+
+def since(run: Run, evaluation: Block, entries: list[tuple[int, Entry]]) -> list[Entry]:
+    """Those of `(step, entry)` after the evaluation before and up to this one; else the last before, else the first."""
+    step = evaluation.step or 0
+    previous = max((b.step for b in run.log.of("Eval") if b.step is not None and b.step < step), default=-1)
+    window = [entry for at, entry in entries if previous < at <= step]
+    if window or not entries:
+        return window
+    earlier = [pair for pair in entries if pair[0] <= step]
+    return [max(earlier, key=lambda pair: pair[0])[1] if earlier else min(entries, key=lambda pair: pair[0])[1]]
+
+
+def whole(block: Block) -> bool:
+    """Whether an [Eval] line is followed by all of its components in full; a quoted one may leave some out."""
+    return all(
+        figure is not None and (figure.half < 1e-4 or not math.isfinite(figure.value))
+        for parts in block.components.values()
+        for figure in (parts.raw, parts.weight, parts.scaled)
+    )

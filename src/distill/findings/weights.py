@@ -1,0 +1,106 @@
+"""Every component is weighed as the curriculum says: none contributes at weight zero, and scaled = raw x weight."""
+
+from distill.findings.evidence import Finding, Run, shorten
+from distill.findings.printed import listed, product, same, weight_at, weights_said
+from distill.training_log import Block, Figure, weight_key
+
+UNKNOWN_RAW = 1000.0  # a raw value that was not printed is taken to be at most this
+
+
+def routing_bypass(run: Run) -> list[Finding]:
+    """Components that the curriculum weighs with zero and that contribute all the same."""
+    said = weights_said(run)
+    evidence: list[str] = []
+    names: list[str] = []
+
+    def found(name: str, *lines: str) -> None:
+        names.append(name)
+        evidence.extend(lines)
+
+    for block in run.log.of("TRAIN DEBUG"):
+        for name, parts in block.components.items():
+            weight = weight_at(run, said.get(weight_key(name), []), block)
+            if parts.scaled is None or weight is None or weight.value.value != 0:
+                continue
+            raw = raw_near(run, name, block)
+            allowed = weight.value.half * (abs(raw.value) if raw else UNKNOWN_RAW) + parts.scaled.half
+            if abs(parts.scaled.value) > allowed:
+                found(name, weight.text, run.quote(block, parts.scaled))
+        if suspect := hidden(run, block):
+            found(suspect, run.quote(block, block.figures["total"]))
+    for block in run.log.of("ROUTING LOSSES", "KD LOSS"):
+        for name, parts in block.components.items():
+            curriculum = [s for s in said.get(weight_key(name), []) if s.rank == 0]
+            weight = weight_at(run, curriculum, block) if curriculum else None
+            if parts.weight and weight and weight.value.value == 0 and not same(parts.weight, weight.value):
+                found(name, weight.text, run.quote(block, parts.weight))
+            if parts.weight and parts.weight.value == 0 and parts.scaled:
+                product_ = product(parts.raw, parts.weight) if parts.raw else Figure(0.0, 0, 0.0)
+                if not same(parts.scaled, product_):
+                    found(name, run.quote(block, parts.weight), run.quote(block, parts.scaled))
+    if not names:
+        return []
+    which = ", ".join(dict.fromkeys(names))
+    return [
+        Finding(
+            "routing bypass",
+            f"Routing bypasses the curriculum: losses of weight 0 are part of the total ({which}).",
+            shorten(evidence),
+            "they are added to the total without their curriculum weight",
+            "skip components of weight zero, and add each other one as weight x raw: take the weights from the "
+            "curriculum's state (pl_module.curriculum); `distill fit` stops such a run where `audit` is on",
+        )
+    ]
+
+
+def wrong_weight(run: Run) -> list[Finding]:
+    """Parts that are not raw x weight, or are weighed otherwise than CURRICULUM says, at weights above zero."""
+    said, evidence, names = weights_said(run), [], []
+    for block in run.log.of("ROUTING LOSSES", "KD LOSS", "Eval"):
+        for name, parts in block.components.items():
+            if parts.weight is None or parts.weight.value == 0:
+                continue
+            if parts.raw and parts.scaled and not same(parts.scaled, product(parts.raw, parts.weight)):
+                names.append(name)
+                evidence += [run.quote(block, figure) for figure in (parts.raw, parts.weight, parts.scaled)]
+            curriculum = [s for s in said.get(weight_key(name), []) if s.rank == 0 and s.step == block.step]
+            weight = weight_at(run, curriculum, block) if curriculum and block.kind != "Eval" else None
+            if weight and weight.value.value != 0 and not same(weight.value, parts.weight):
+                names.append(name)
+                evidence += [weight.text, run.quote(block, parts.weight)]
+    if not names:
+        return []
+    return [
+        Finding(
+            "wrong weight",
+            f"A component is not weighed as the curriculum says: {', '.join(dict.fromkeys(names))}.",
+            shorten(evidence),
+            "the weight that was applied is not the curriculum's at that step",
+            "compute scaled = raw x weight in one place, with the weights of the curriculum's state",
+        )
+    ]
+
+
+def hidden(run: Run, block: Block) -> str | None:
+    """The component of weight zero whose raw value is what the total has above the sum of its parts."""
+    total, parts = block.figures.get("total"), listed(block)
+    if total is None or parts is None or same(total, parts):
+        return None
+    gap = total.value - parts.value
+    for other in run.log.of("ROUTING LOSSES", "KD LOSS"):
+        for name, values in other.components.items():
+            if other.step != block.step or values.raw is None or values.weight is None or values.weight.value != 0:
+                continue
+            if abs(values.raw.value - gap) <= 1e-3 * abs(gap) + total.half + parts.half + values.raw.half:
+                return name
+    return None
+
+
+def raw_near(run: Run, component: str, block: Block) -> Figure | None:
+    """The component's raw value as printed at the block's step, or in the log around a block without a step."""
+    found = [
+        (abs(other.line - block.line), parts.raw)
+        for other in run.log.of("KD LOSS", "ROUTING LOSSES")
+        if other.step == block.step and (parts := other.components.get(component)) and parts.raw is not None
+    ]
+    return min(found)[1] if found else None
