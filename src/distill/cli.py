@@ -17,6 +17,7 @@ TRAINER = {
 COMMANDS: dict[str, str] = {
     "diagnose": "say in plain words what a run's log and metrics show, and what to fix",
     "export": "write a checkpoint's student as a transformers folder",
+    "report": "write one HTML file about a run, or about several",
 }
 
 

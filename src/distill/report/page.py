@@ -1,0 +1,116 @@
+"""Lays the report out: one HTML file with its style, script and drawings inside, and a policy that forbids the network.
+
+Every chart is a figure that Tab reaches: arrow keys move a cursor whose values stand in the legend, and its data are a
+table below it. The price of drawings in the file is size, some 20 kB a chart.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.resources import files
+from itertools import count
+
+from jinja2 import Environment
+from markupsafe import Markup
+
+from distill import __version__
+from distill.report import sections, tables
+from distill.report.drawing import Chart, Drawing, draw
+from distill.report.runs import Run
+
+
+@dataclass
+class Key:
+    """An entry of a legend."""
+
+    label: str
+    colour: str
+    kind: str
+    value: str
+
+
+@dataclass
+class Figure:
+    """A chart as the template wants it."""
+
+    identity: str
+    chart: Chart
+    drawing: Drawing
+    legend: list[Key]
+    headings: list[str]
+    rows: list[tuple[float, list[str]]]
+    summary: str
+
+
+def render(runs: list[Run]) -> str:
+    """The page of these runs, the first one first."""
+    template = environment().from_string(asset("page.html"))
+    numbers = count()
+
+    def figure(chart: Chart) -> Figure:
+        return make_figure(chart, f"c{next(numbers)}")
+
+    parts = [
+        sections.weight_free(runs),
+        sections.losses(runs),
+        sections.optimisation(runs),
+        sections.speed(runs),
+        sections.routing(runs),
+    ]
+    differences = tables.differences(runs)
+    return template.render(
+        title=f"distill report: {', '.join(run.name for run in runs)}",
+        runs=runs,
+        facts=[(run, facts(run)) for run in runs],
+        summary=tables.summary(runs),
+        caution=tables.caution(differences),
+        differences=differences,
+        outcome=sections.outcome(runs),
+        sections=parts,
+        figure=figure,
+        version=__version__,
+        made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        style=Markup(asset("page.css")),
+        script=Markup(asset("page.js")),
+    )
+
+
+def environment() -> Environment:
+    """Jinja with everything escaped that is not our own markup."""
+    return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+
+
+def asset(name: str) -> str:
+    """Text of a file that lies beside this one."""
+    return files("distill.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def facts(run: Run) -> list[tuple[str, str]]:
+    """What one wants to know of a run before its figures."""
+    student = run.setting("model.student") or run.setting("model.student_layers") or run.setting("model.student_config")
+    of_layers = run.setting("model.student") is None and isinstance(student, int | list)
+    size = len(student) if isinstance(student, list) else student
+    known = {
+        "teacher": run.setting("model.teacher"),
+        "student": f"{size} of the teacher's layers" if of_layers else student,
+        "data": run.setting("data.dataset"),
+        "precision": run.setting("trainer.precision"),
+        "devices": run.setting("trainer.devices"),
+        "seed": run.setting("seed_everything"),
+    }
+    return [(name, str(value)) for name, value in known.items() if value is not None]
+
+
+def make_figure(chart: Chart, identity: str) -> Figure:
+    """Draws a chart and writes down what its legend, table and label say."""
+    headings, rows = tables.chart_table(chart)
+    shown = [line for line in chart.lines if not line.silent]
+    legend = []
+    for line in shown:
+        colour = "var(--soft)" if line.colour is None else f"var(--s{line.colour})"
+        kind = "area" if chart.stacked and line.kind != "reference" else line.kind
+        kind = f"{kind} dash{line.dash}" if line.dash else kind
+        legend.append(Key(line.label, colour, kind, tables.number(float(line.y[-1]))))
+    spans = [
+        f"{line.label} from {tables.number(float(line.y[0]))} to {tables.number(float(line.y[-1]))}" for line in shown
+    ]
+    return Figure(identity, chart, draw(chart, identity), legend, headings, rows, "; ".join(spans))

@@ -1,0 +1,262 @@
+"""What a run left in its folder, read leniently: whatever is missing or damaged becomes a sentence, not an error.
+
+metrics.csv is exact and sparse (every `log_every_n_steps` steps); training.log has the first steps, components of
+weight zero and the validation before training, to four decimals. Both go into the same series, the exact value first.
+Nothing heavy is imported, so that a report of a finished run takes seconds; the price is a second list of components.
+"""
+
+import csv
+import io
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from distill.errors import UserError
+
+# The order of `distill.breakdown.WEIGHT_KEY`, which would import torch.
+COMPONENTS = (
+    "kd_loss",
+    "lm_loss",
+    "routing_feature_matching_loss",
+    "routing_expert_importance_loss",
+    "routing_load_balancing_loss",
+    "routing_attention_alignment_loss",
+    "attention_loss",
+    "layerwise_loss",
+    "contrastive_loss",
+)
+HEADING = re.compile(r"\[(CURRICULUM|KD LOSS|ROUTING LOSSES|Eval)\] Step (\d+)(?:, Progress ([\d.]+)%|, loss: (\S+))?")
+EVALUATED = re.compile(r"    (\w+): raw (\S+), weight \S+, scaled (\S+)")
+NUMBER = r"(-?\d+\.\d+|-?inf|nan)"
+
+
+@dataclass(frozen=True)
+class Series:
+    """One metric over optimizer steps, in ascending order, the last value where a step was logged twice.
+
+    Args:
+        steps: `[N]`, as logged: the step's index from 0.
+        values: `[N]`, may hold nan and inf.
+    """
+
+    steps: np.ndarray
+    values: np.ndarray
+
+    @property
+    def last(self) -> float:
+        return float(self.values[-1])
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run as far as its folder tells.
+
+    Args:
+        name: the folder's name, with its parents' where several runs share it.
+        folder: where it lies.
+        series: metric name -> its values.
+        config: config.yaml as nested dictionaries, empty where there is none.
+        config_text: config.yaml as written.
+        environment: environment.yaml, empty where there is none.
+        horizon: optimizer steps that the curriculum reckoned with, None where nothing tells.
+        absent: a sentence for each piece that is missing or damaged.
+    """
+
+    name: str
+    folder: Path
+    series: dict[str, Series]
+    config: dict[str, Any]
+    config_text: str
+    environment: dict[str, Any]
+    horizon: int | None
+    absent: list[str] = field(default_factory=list)
+
+    def components(self, pattern: str) -> dict[str, Series]:
+        """Component -> its series, in listing order; `pattern` is a metric's name with `{}` for the component."""
+        found = {name: self.series.get(pattern.format(name)) for name in COMPONENTS}
+        return {name: series for name, series in found.items() if series is not None}
+
+    def setting(self, key: str) -> Any:
+        """A configuration value by its dotted key, None where it is not there."""
+        value: Any = self.config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
+
+def read_runs(folders: list[Path]) -> list[Run]:
+    """Reads each folder; of two that share their last name the parents' are told too.
+
+    Raises:
+        UserError: a folder that is not there, is given twice, or has nothing of a run.
+    """
+    paths = [folder.resolve() for folder in folders]
+    for path, given in zip(paths, folders, strict=True):
+        if not path.is_dir():
+            raise UserError(f"RUN: {given} is no folder: give a run's, such as lightning_logs/version_0")
+        if paths.count(path) > 1:
+            raise UserError(f"RUN: {given} is given twice: name each run once")
+    depth = 1
+    while len({path.parts[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    return [read_run(path, "/".join(path.parts[-depth:])) for path in paths]
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """Reads one run's folder.
+
+    Raises:
+        UserError: it holds neither metrics.csv nor training.log nor config.yaml.
+    """
+    absent: list[str] = []
+    series: dict[str, Series] = {}
+    log_series: dict[str, Series] = {}
+    progress: list[tuple[int, float]] = []
+    files = {part: folder / part for part in ("metrics.csv", "training.log", "config.yaml")}
+    if not any(path.is_file() for path in files.values()):
+        raise UserError(
+            f"RUN: {folder} has no {', '.join(files)}: give a run's folder, such as lightning_logs/version_0"
+        )
+    if files["metrics.csv"].is_file():
+        series = read_metrics(files["metrics.csv"].read_text(encoding="utf-8", errors="replace"))
+        if not series:
+            absent.append("metrics.csv holds no values yet.")
+    else:
+        absent.append("metrics.csv is not there: what only it knows is left out.")
+    if files["training.log"].is_file():
+        log_series, progress = read_log(files["training.log"].read_text(encoding="utf-8", errors="replace"))
+    else:
+        absent.append(
+            "training.log is not there: raw values at weight zero and the scaled ones of validation are left out."
+        )
+    config, text = read_yaml(files["config.yaml"], absent)
+    environment, told = read_yaml(folder / "environment.yaml", absent)
+    if not told:
+        absent.append("environment.yaml is not there: the run did not write down its versions and devices.")
+    weights = {metric for metric in series if metric.startswith("curriculum/")}
+    for metric, found in log_series.items():
+        if not metric.startswith("curriculum/") or metric in weights or not weights:
+            series[metric] = merge(series.get(metric), found)
+    return Run(name, folder, series, config, text, environment, horizon_of(config, progress), absent)
+
+
+def read_metrics(text: str) -> dict[str, Series]:
+    """Metric -> series of Lightning's metrics.csv; a last line that a kill cut off is left out."""
+    rows = csv.reader(io.StringIO(text[: text.rfind("\n") + 1]))
+    header = next(rows, [])
+    if "step" not in header:
+        return {}
+    place = header.index("step")
+    columns: list[tuple[list[int], list[float]]] = [([], []) for _ in header]
+    for row in rows:
+        if len(row) != len(header) or not row[place].isdigit():
+            continue
+        step = int(row[place])
+        for (steps, values), cell in zip(columns, row, strict=True):
+            if cell:
+                try:
+                    values.append(float(cell))
+                except ValueError:
+                    continue
+                steps.append(step)
+    named = zip(header, columns, strict=True)
+    return {name: make_series(*column) for name, column in named if column[0] and name not in ("step", "epoch")}
+
+
+def make_series(steps: list[int], values: list[float]) -> Series:
+    """Sorted by step; of several values of one step the last one."""
+    latest = dict(zip(steps, values, strict=True)) if len(set(steps)) < len(steps) else None
+    keys = np.asarray(list(latest) if latest is not None else steps, dtype=np.int64)
+    data = np.asarray(list(latest.values()) if latest is not None else values, dtype=np.float64)
+    order = np.argsort(keys, kind="stable")
+    return Series(keys[order], data[order])
+
+
+def merge(exact: Series | None, rounded: Series) -> Series:
+    """The exact values, and the rounded ones of the steps that lack one."""
+    if exact is None:
+        return rounded
+    extra = ~np.isin(rounded.steps, exact.steps)
+    steps = np.concatenate([exact.steps, rounded.steps[extra]])
+    order = np.argsort(steps, kind="stable")
+    return Series(steps[order], np.concatenate([exact.values, rounded.values[extra]])[order])
+
+
+def read_log(text: str) -> tuple[dict[str, Series], list[tuple[int, float]]]:
+    """Series of the blocks of training.log under the names of metrics.csv, and `(step, progress)` of the curriculum."""
+    points: dict[str, tuple[list[int], list[float]]] = {}
+    progress: list[tuple[int, float]] = []
+
+    def add(metric: str, step: int, value: str) -> None:
+        steps, values = points.setdefault(metric, ([], []))
+        steps.append(step)
+        values.append(float(value))
+
+    kind, step, routed = "", 0, ""
+    for line in text.splitlines():
+        if heading := HEADING.match(line):
+            kind, step = heading[1], int(heading[2])
+            if heading[3]:
+                progress.append((step, float(heading[3]) / 100))
+            if heading[4] and re.fullmatch(NUMBER, heading[4]):
+                add("val/loss", step, heading[4])
+        elif line.startswith("["):
+            kind = ""
+        elif kind == "CURRICULUM" and (row := re.fullmatch(rf"    (\w+): {NUMBER}", line)):
+            add(f"curriculum/{row[1]}", step, row[2])
+        elif kind == "KD LOSS" and (row := re.fullmatch(rf"  Raw KD loss: {NUMBER}", line)):
+            add("train/kd_loss", step, row[1])
+        elif kind == "ROUTING LOSSES" and (row := re.fullmatch(r"  (\w+):", line)):
+            routed = row[1]
+        elif kind == "ROUTING LOSSES" and (row := re.fullmatch(rf"    Raw: {NUMBER}", line)):
+            add(f"train/routing_{routed}", step, row[1])
+        elif kind == "Eval" and (row := EVALUATED.fullmatch(line)):
+            add(f"val/{row[1]}_scaled", step, row[3])
+            if row[2] != "nan":
+                add(f"val/{row[1]}", step, row[2])
+    return {metric: make_series(*column) for metric, column in points.items()}, progress
+
+
+def read_yaml(path: Path, absent: list[str]) -> tuple[dict[str, Any], str]:
+    """A YAML mapping and its text; empty, with a sentence in `absent`, where there is none."""
+    if not path.is_file():
+        return {}, ""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        loaded = yaml.safe_load(text)
+    except yaml.YAMLError:
+        loaded = None
+    if not isinstance(loaded, dict):
+        absent.append(f"{path.name} is not readable YAML.")
+        return {}, text
+    return loaded, text
+
+
+def horizon_of(config: dict[str, Any], progress: list[tuple[int, float]]) -> int | None:
+    """Optimizer steps of the whole run: as configured where the log's rounded progress agrees, else by the log."""
+    trainer = config.get("trainer")
+    configured = trainer.get("max_steps") if isinstance(trainer, dict) else None
+    configured = configured if isinstance(configured, int) and configured > 0 else None
+    told = max(((step, share) for step, share in progress if step > 0 and share > 0), default=None)
+    if told is None:
+        return configured
+    step, share = told
+    if configured is not None and math.isclose(step / configured, share, abs_tol=6e-4):
+        return configured
+    return round(step / share)
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value; lists and empty mappings are values."""
+    result: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            result |= flat(value, f"{prefix}{key}.")
+        else:
+            result[f"{prefix}{key}"] = value
+    return result
