@@ -26,7 +26,13 @@ def relation_heads(width: int, other_width: int) -> int:
 
 
 def relation_kl(
-    student_BLD: Tensor, teacher_BLD: Tensor, document_BL: Tensor, real_BL: Tensor, query_BL: Tensor
+    student_BLD: Tensor,
+    teacher_BLD: Tensor,
+    document_BL: Tensor,
+    real_BL: Tensor,
+    query_BL: Tensor,
+    heads: int | None = None,
+    with_self: bool = False,
 ) -> Tensor:
     """Sum over queries of KL(teacher relation || student relation), averaged over heads, scalar.
 
@@ -34,11 +40,13 @@ def relation_kl(
     with j = i included, the self relation of normalised states would take nearly all of the mass.
 
     Args:
-        student_BLD: normalised states; gradient flows to them both as queries and as keys.
-        teacher_BLD: normalised states, detached, of any width.
+        student_BLD: states; gradient flows to them both as queries and as keys.
+        teacher_BLD: states, detached, of any width.
         document_BL: number of the document that a position belongs to.
         real_BL: bool, positions that may be keys.
         query_BL: bool, positions that count as queries; those without a key count as zero.
+        heads: H, a divisor of both widths; None = the largest up to 16.
+        with_self: whether a position is a key of its own.
 
     Returns:
         Nats.
@@ -47,16 +55,23 @@ def relation_kl(
         After MiniLMv2, arXiv 2012.15828.
     """
     with torch.autocast(student_BLD.device.type, enabled=False):
-        total: Tensor = _RelationKL.apply(student_BLD, teacher_BLD, document_BL, real_BL, query_BL)
+        heads = heads or relation_heads(student_BLD.shape[-1], teacher_BLD.shape[-1])
+        total: Tensor = _RelationKL.apply(student_BLD, teacher_BLD, document_BL, real_BL, query_BL, heads, with_self)
         return total
 
 
 class _RelationKL(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, student_BLD: Tensor, teacher_BLD: Tensor, document_BL: Tensor, real_BL: Tensor, query_BL: Tensor
+        ctx: Any,
+        student_BLD: Tensor,
+        teacher_BLD: Tensor,
+        document_BL: Tensor,
+        real_BL: Tensor,
+        query_BL: Tensor,
+        heads: int,
+        with_self: bool,
     ) -> Tensor:
-        heads = relation_heads(student_BLD.shape[-1], teacher_BLD.shape[-1])
         # A padded position may hold anything; zero times anything must stay zero.
         student_BHLd = _split_heads(student_BLD, real_BL, heads)
         teacher_BHLd = _split_heads(teacher_BLD, real_BL, heads)
@@ -71,7 +86,7 @@ class _RelationKL(torch.autograd.Function):
             stop = min(start + step, length)  # later keys than the block's last query are nobody's
             queries = slice(start, stop)
             key_BQK = (
-                (position_L[queries, None] > position_L[:stop])
+                (position_L[queries, None] >= position_L[:stop] + (not with_self))
                 & (document_BL[:, queries, None] == document_BL[:, None, :stop])
                 & real_BL[:, None, :stop]
             )
@@ -93,7 +108,7 @@ class _RelationKL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (grad_BLD,) = ctx.saved_tensors
-        return grad_BLD * grad, None, None, None, None
+        return grad_BLD * grad, None, None, None, None, None, None
 
 
 def _split_heads(states_BLD: Tensor, real_BL: Tensor, heads: int) -> Tensor:

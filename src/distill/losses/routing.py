@@ -152,11 +152,11 @@ class Routing(nn.Module):
         layers = self.teacher_layers
         if isinstance(layers, int):
             layers = spread(layers, sparse or list(range(depth)))
-        check_layers("teacher_layers", layers, depth)
+        check_layers("model.routing.teacher_layers", layers, depth)
         chosen = self.student_layers
         if chosen is None:
-            chosen = [max(0, round_half_up((t + 1) / depth * student.num_hidden_layers) - 1) for t in layers]
-        check_layers("student_layers", chosen, student.num_hidden_layers)
+            chosen = [same_depth(layer, depth, student.num_hidden_layers) for layer in layers]
+        check_layers("model.routing.student_layers", chosen, student.num_hidden_layers)
         if len(chosen) != len(layers):
             raise UserError(
                 f"model.routing.student_layers: {chosen} are not one for each of teacher_layers {layers}; match them"
@@ -326,10 +326,20 @@ def spread(count: int, among: list[int]) -> list[int]:
     return [among[(2 * i + 1) * len(among) // (2 * count)] for i in range(count)]
 
 
+def same_depth(layer: int, depth: int, other_depth: int) -> int:
+    """The layer of a model with `other_depth` layers that lies at the same fraction of its depth.
+
+    Example:
+        >>> same_depth(15, 30, 10), same_depth(0, 30, 10)
+        (4, 0)
+    """
+    return max(0, round_half_up((layer + 1) / depth * other_depth) - 1)
+
+
 def check_layers(key: str, layers: list[int], depth: int) -> None:
-    """Raises UserError unless the indices are distinct layers of a model with `depth` of them."""
+    """Raises UserError unless the indices are layers of a model with `depth` of them, the teacher's distinct."""
     for index in layers:
         if not 0 <= index < depth:
-            raise UserError(f"model.routing.{key}: {index} is not a layer; the model has layers 0 to {depth - 1}")
-    if key == "teacher_layers" and len(set(layers)) < len(layers):
-        raise UserError(f"model.routing.{key}: {layers} names a layer twice; name each once")
+            raise UserError(f"{key}: {index} is not a layer; the model has layers 0 to {depth - 1}")
+    if key.endswith("teacher_layers") and len(set(layers)) < len(layers):
+        raise UserError(f"{key}: {layers} names a layer twice; name each once")

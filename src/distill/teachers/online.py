@@ -11,6 +11,7 @@ from torch import Tensor, device, nn
 from transformers import PreTrainedModel
 
 from distill.teachers.find_experts import set_experts_per_token
+from distill.trace import Needs, Trace, trace
 
 
 class OnlineTeacher:
@@ -38,17 +39,11 @@ class OnlineTeacher:
         nn.Module.to(self.model, device)
 
     @torch.no_grad()
+    def trace(self, batch: Mapping[str, Any], needs: Needs = Needs()) -> Trace:  # noqa: B008  (frozen)
+        """What the forward pass of the batch leaves, detached."""
+        with torch.autocast(batch["input_ids"].device.type, enabled=False):
+            return trace(self.model, batch, needs)
+
     def hidden(self, batch: Mapping[str, Any]) -> Tensor:
         """Last hidden state `[B, L, D]` of the batch, after the final norm, before the head."""
-        with torch.autocast(batch["input_ids"].device.type, enabled=False):
-            return decode(self.model, batch).last_hidden_state
-
-
-def decode(model: PreTrainedModel, batch: Mapping[str, Any], **kwargs: Any) -> Any:
-    """The decoder's output without the head, documents of packed rows hidden from each other by their position ids.
-
-    Rows that hold one document need neither a mask nor positions: attention is causal and padding is on the right.
-    """
-    if batch["packed"]:
-        kwargs["position_ids"] = batch["position_ids"]
-    return model.get_decoder()(input_ids=batch["input_ids"], use_cache=False, **kwargs)
+        return self.trace(batch).last_BLD

@@ -1,0 +1,150 @@
+"""layerwise_loss: chosen student layers, linearly projected, predict the teacher's states at the same depth.
+
+Only the projections and the student learn; the teacher's states are layer-normalised without affine, so a value of 1 is
+predicting nothing, whatever their scale. Embeddings and each document's first position take no part: the massive
+activations there would be all that a squared error sees. The price: one matrix of student width x teacher width for
+each pair of layers, trained and then thrown away.
+
+Shapes: N valid tokens, D width (each side its own).
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from distill.errors import UserError
+from distill.losses.routing import apply, check_layers, same_depth, spread
+from distill.losses.routing_terms import normalise
+from distill.teachers.experts import full_precision
+from distill.trace import Needs, Trace
+
+DEFAULT_PAIRS = 4  # or as many as the student has layers
+
+
+def squared_error(projected_ND: Tensor, teacher_ND: Tensor) -> Tensor:
+    """Squared error to the layer-normalised teacher state, mean over features [N]; 1 = predicting nothing."""
+    return (full_precision(projected_ND) - normalise(teacher_ND)).square().mean(-1)
+
+
+def cosine_distance(projected_ND: Tensor, teacher_ND: Tensor) -> Tensor:
+    """1 - cosine with the teacher state [N], in [0, 2]."""
+    return 1 - F.cosine_similarity(full_precision(projected_ND), full_precision(teacher_ND), dim=-1)
+
+
+DISTANCES = {"mse": squared_error, "cosine": cosine_distance}
+
+
+@final
+class Layerwise(nn.Module):
+    """Matching of hidden states between pairs of layers.
+
+    Args:
+        distance: mse (to the layer-normalised teacher state) or cosine (1 - cosine).
+        student_layers: a number of layers at even depth fractions, or 0-based indices; null = four of them, or all of
+            a student that has fewer; with given teacher_layers those at the same depth fractions. The last layer's
+            state is read after the final norm.
+        teacher_layers: 0-based, one for each student layer; null = those at the same depth fractions.
+        coefficient: constant factor of the raw value.
+
+    Raises:
+        UserError: a number that cannot be meant.
+
+    Source:
+        After FitNets, arXiv 1412.6550, and TinyBERT, arXiv 1909.10351.
+    """
+
+    component = "layerwise_loss"
+    unit = "queries"  # valid tokens that are not their document's first
+
+    def __init__(
+        self,
+        distance: Literal["mse", "cosine"] = "mse",
+        student_layers: int | list[int] | None = None,
+        teacher_layers: list[int] | None = None,
+        coefficient: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= coefficient < math.inf:
+            raise UserError(f"model.layerwise.coefficient: {coefficient}; give a number from 0 up")
+        for key, layers in (("student_layers", student_layers), ("teacher_layers", teacher_layers)):
+            if layers is not None and (layers if isinstance(layers, int) else len(layers)) < 1:
+                raise UserError(f"model.layerwise.{key}: {layers} names no layer; give 1 or more")
+        self.distance = distance
+        self.student_layers, self.teacher_layers = student_layers, teacher_layers
+        self.coefficient = coefficient
+        self.pairs: list[tuple[int, int]] = []
+        self.projections = nn.ModuleList()
+
+    def build(self, teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+        """Pair the layers and make a projection for each pair.
+
+        Raises:
+            UserError: layers that are not there, or not one for one.
+        """
+        ours, theirs = (model.config.get_text_config(decoder=True) for model in (student, teacher))
+        depth, their_depth = ours.num_hidden_layers, theirs.num_hidden_layers
+        chosen, targets = self.student_layers, self.teacher_layers
+        if targets is not None:
+            check_layers("model.layerwise.teacher_layers", targets, their_depth)
+        if chosen is None and targets is not None:
+            chosen = [same_depth(layer, their_depth, depth) for layer in targets]
+        elif chosen is None or isinstance(chosen, int):
+            count = min(DEFAULT_PAIRS, depth) if chosen is None else chosen
+            if count > depth:
+                raise UserError(f"model.layerwise.student_layers: {count} are more than the student's {depth} layers")
+            chosen = spread(count, list(range(depth)))
+        check_layers("model.layerwise.student_layers", chosen, depth)
+        if targets is None:
+            targets = [same_depth(layer, depth, their_depth) for layer in chosen]
+        if len(targets) != len(chosen):
+            raise UserError(
+                f"model.layerwise.teacher_layers: {targets} are not one for each of student_layers {chosen}; match them"
+            )
+        self.pairs = list(zip(chosen, targets, strict=True))
+        self.projections = nn.ModuleList(nn.Linear(ours.hidden_size, theirs.hidden_size) for _ in self.pairs)
+
+    @property
+    def student_needs(self) -> Needs:
+        """Layers of the student that are read."""
+        return Needs(hidden=frozenset(ours for ours, _ in self.pairs))
+
+    @property
+    def teacher_needs(self) -> Needs:
+        """Layers of the teacher that are read."""
+        return Needs(hidden=frozenset(theirs for _, theirs in self.pairs))
+
+    def trained_by(self, component: str) -> Iterator[nn.Parameter]:
+        """The parameters here that a component sends gradient to."""
+        yield from self.parameters() if component == self.component else ()
+
+    def settings(self) -> dict[str, Any]:
+        """What the projections in a checkpoint depend on, as plain values."""
+        return {
+            "distance": self.distance,
+            "pairs": [list(pair) for pair in self.pairs],
+            "coefficient": self.coefficient,
+        }
+
+    def forward(self, student: Trace, teacher: Trace, batch: Mapping[str, Any]) -> Tensor:
+        """Sum over non-first valid tokens, averaged over the pairs of layers, times the coefficient, scalar.
+
+        Args:
+            student: with what `student_needs` says.
+            teacher: detached, with what `teacher_needs` says.
+            batch: with position_ids [B, L] and positions [N].
+        """
+        assert self.pairs, "build() comes first"
+        positions_N = batch["positions"]
+        counts_N = batch["position_ids"].flatten().index_select(0, positions_N) > 0
+        values = []
+        for projection, (ours, theirs) in zip(self.projections, self.pairs, strict=True):
+            states_ND = student.hidden[ours].flatten(0, 1).index_select(0, positions_N)
+            target_ND = teacher.hidden[theirs].flatten(0, 1).index_select(0, positions_N)
+            distance_N = DISTANCES[self.distance](apply(projection, normalise(states_ND)), target_ND)
+            values.append((distance_N * counts_N).sum())
+        return torch.stack(values).mean() * self.coefficient
