@@ -8,9 +8,11 @@ checkpointing, which runs layers again later, fills nothing twice. The price: wh
 Shapes: B rows, L positions, D width, H query heads, G key-value heads, d width of a head.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -35,6 +37,11 @@ class Needs:
 
     def __or__(self, other: "Needs") -> "Needs":
         return Needs(self.hidden | other.hidden, self.attention | other.attention)
+
+
+def merged(needs: Iterable[Needs]) -> Needs:
+    """What all of them look at together."""
+    return reduce(or_, needs, Needs())
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +90,7 @@ def decode(model: PreTrainedModel, batch: Mapping[str, Any], **kwargs: Any) -> A
     return model.get_decoder()(input_ids=batch["input_ids"], use_cache=False, **kwargs)
 
 
-def trace(model: PreTrainedModel, batch: Mapping[str, Any], needs: Needs = Needs()) -> Trace:  # noqa: B008  (frozen)
+def trace(model: PreTrainedModel, batch: Mapping[str, Any], needs: Needs = Needs()) -> Trace:
     """`decode`, keeping what the losses need and nothing else."""
     options = {"output_hidden_states": sorted(layer + 1 for layer in needs.hidden)} if needs.hidden else {}
     with _reading_attention(model, needs.attention) as attention:

@@ -40,15 +40,12 @@ def contexts(input_ids_BL: Tensor, position_ids_BL: Tensor) -> Tensor:
     scrambled = (input_ids_BL + 1) * _signed(0x9E3779B97F4A7C15)
     scrambled = (scrambled ^ (scrambled >> 29)) * _signed(0xBF58476D1CE4E5B9)
     scrambled = scrambled ^ (scrambled >> 32)
-    powers_L, inverses_L = (
-        torch.full((length,), _signed(factor), device=device).index_fill_(0, torch.zeros(1, dtype=int, device=device), 1)
-        for factor in (BASE, INVERSE)
-    )
-    sums_BL = (scrambled * inverses_L.cumprod(0)).cumsum(-1)
+    powers_L, inverses_L = (torch.full((length,), _signed(x), device=device).cumprod(0) for x in (BASE, INVERSE))
+    sums_BL = (scrambled * inverses_L).cumsum(-1)
     position_L = torch.arange(length, device=device)
     before_BL = position_L - position_ids_BL - 1  # the last position of the document before
     outside_BL = sums_BL.gather(-1, before_BL.clamp(min=0)).masked_fill(before_BL < 0, 0)
-    hashes_BL = (sums_BL - outside_BL) * powers_L.cumprod(0)
+    hashes_BL = (sums_BL - outside_BL) * powers_L
     return hashes_BL.masked_fill(hashes_BL == EMPTY, 1)
 
 
@@ -135,7 +132,7 @@ class Contrastive(nn.Module):
         self.tokens_per_row, self.queue_size = tokens_per_row, queue_size
         self.teacher_layer, self.student_layer = teacher_layer, student_layer
         self.teacher_needs, self.student_needs = Needs(), Needs()
-        self.projection = nn.Identity()
+        self.projection: nn.Module = nn.Identity()
         self.rows = 1
 
     def build(self, teacher: PreTrainedModel, student: PreTrainedModel, rows: int | None = None) -> None:
