@@ -19,7 +19,7 @@ def stats(tokens=4.0, nll=8.0, teacher=True) -> TokenStats:
     calibration = torch.zeros(15, 3, dtype=torch.float64)
     calibration[3] = torch.tensor([3.0, 0.6, 1.0])
     calibration[14] = torch.tensor([1.0, 0.9, 0.0])
-    of_teacher = {"kl_div": 2.0, "teacher_nll": 4.0, "teacher_entropy": 6.0, "agreement": 3.0}
+    of_teacher = {"kl_div": 2.0, "teacher_nll": 4.0, "teacher_entropy": 6.0, "agreement": 3.0, "top5_agreement": 2.0}
     return TokenStats(
         tokens=scalar(tokens),
         student_nll=scalar(nll),
@@ -40,6 +40,7 @@ def test_hand_computed():
             "teacher_nll": 1.0,
             "teacher_perplexity": math.e,
             "top1_agreement": 0.75,
+            "top5_agreement": 0.5,
             "ece": (abs(0.6 - 1.0) + 0.9) / 4,
             "bits_per_byte": 8 / math.log(2) / 16,
             "student_entropy": 3.0,
@@ -95,8 +96,11 @@ def test_split_into_batches_equals_one_pass():
         return metrics.compute()
 
     once, split = run([60]), run([1, 40, 0, 19])
-    assert len(once) == 10
+    assert len(once) == 11
     for name, value in once.items():
         torch.testing.assert_close(split[name], value, rtol=1e-12, atol=0)
     log_q = (hidden @ head.weight.T).log_softmax(-1)
     torch.testing.assert_close(once["student_nll"], -log_q.gather(1, labels[:, None]).mean())
+    fives = [x.topk(5).indices.tolist() for x in (log_q, teacher_hidden @ teacher_head.weight.T)]
+    shared = [len(set(ours) & set(theirs)) / 5 for ours, theirs in zip(*fives, strict=True)]
+    assert once["top5_agreement"].item() == pytest.approx(sum(shared) / tokens)

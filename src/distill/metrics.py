@@ -14,7 +14,7 @@ from distill.losses.engine import CALIBRATION_BINS, TokenStats
 
 _SUMS = (
     "tokens", "student_nll", "student_entropy", "kl_div", "teacher_nll", "teacher_entropy", "agreement",
-    "tokens_with_teacher", "num_bytes",
+    "top5_agreement", "tokens_with_teacher", "num_bytes",
 )  # fmt: skip
 
 
@@ -26,6 +26,7 @@ class DistillationMetrics(Metric):
         student_nll, teacher_nll: negative log-likelihood of the labels.
         student_perplexity, teacher_perplexity: its exponential.
         top1_agreement: share of tokens where both models prefer the same id.
+        top5_agreement: share of the teacher's five likeliest ids that are among the student's five.
         ece: expected calibration error of the student over 15 equal-width bins.
         bits_per_byte: the student's negative log-likelihood in bits per byte of text.
         student_entropy, teacher_entropy: of the next-token distribution.
@@ -43,6 +44,7 @@ class DistillationMetrics(Metric):
     teacher_nll: Tensor
     teacher_entropy: Tensor
     agreement: Tensor
+    top5_agreement: Tensor
     tokens_with_teacher: Tensor
     num_bytes: Tensor
     calibration: Tensor
@@ -66,7 +68,7 @@ class DistillationMetrics(Metric):
             setattr(self, name, getattr(self, name) + getattr(stats, name))
         if stats.kl_div is not None:
             self.tokens_with_teacher += stats.tokens
-            for name in ("kl_div", "teacher_nll", "teacher_entropy", "agreement"):
+            for name in ("kl_div", "teacher_nll", "teacher_entropy", "agreement", "top5_agreement"):
                 setattr(self, name, getattr(self, name) + getattr(stats, name))
 
     def compute(self) -> dict[str, Tensor]:
@@ -88,6 +90,7 @@ class DistillationMetrics(Metric):
             result |= {
                 "kl_div_T1": self.kl_div / self.tokens_with_teacher,
                 "top1_agreement": self.agreement / self.tokens_with_teacher,
+                "top5_agreement": self.top5_agreement / self.tokens_with_teacher,
                 "teacher_nll": teacher_nll,
                 "teacher_perplexity": teacher_nll.exp(),
                 "teacher_entropy": self.teacher_entropy / self.tokens_with_teacher,

@@ -41,6 +41,7 @@ class TokenStats:
     teacher_nll: Tensor | None = None
     teacher_entropy: Tensor | None = None
     agreement: Tensor | None = None
+    top5_agreement: Tensor | None = None  # share of the teacher's five likeliest ids among the student's, summed
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,6 +186,6 @@ def _token_stats(values: dict[str, Tensor], with_teacher: bool) -> TokenStats:
     calibration_B3 = confidence_N.new_zeros(CALIBRATION_BINS, 3)
     calibration_B3.index_add_(0, bin_N, torch.stack([torch.ones_like(correct_N), confidence_N, correct_N], dim=1))
     names = ["student_nll", "student_entropy"]
-    names += ["kl_div", "teacher_nll", "teacher_entropy", "agreement"] if with_teacher else []
+    names += ["kl_div", "teacher_nll", "teacher_entropy", "agreement", "top5_agreement"] if with_teacher else []
     sums = {name: values[name].sum(dtype=torch.float64) for name in names}
     return TokenStats(tokens=calibration_B3[:, 0].sum(), calibration_B3=calibration_B3, **sums)

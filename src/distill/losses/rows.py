@@ -164,6 +164,8 @@ def statistics_rows(
     rows["student_entropy"] = -q.mul_(log_q).sum(-1)
     if teacher_RV is not None:
         rows["agreement"] = (log_q.argmax(-1) == log_p.argmax(-1)).to(q.dtype)
+        top_q_R5, top_p_R5 = (x.topk(min(5, shared), sorted=False).indices for x in (log_q, log_p))
+        rows["top5_agreement"] = (top_q_R5[:, :, None] == top_p_R5[:, None]).any(1).to(q.dtype).mean(-1)
         rows["teacher_entropy"] = -torch.mul(p, log_p, out=q).sum(-1)
         rows["kl_div"] = p.mul_(log_p.sub_(log_q)).sum(-1)
     return rows
