@@ -6,8 +6,9 @@ import torch
 from datasets import Dataset
 
 import tiny
-from distill.data.datamodule import collate
-from distill.data.packing import byte_counts, pack, tokenize, tokenizer_hash
+from distill.data.batches import collate
+from distill.data.encode import byte_counts, tokenize, tokenizer_hash
+from distill.data.packing import pack
 from distill.errors import UserError
 
 TEXTS = [
@@ -30,7 +31,9 @@ def plain_rows(documents: list[tuple[list[int], list[int]]], length: int, packin
         for place, (token, size) in enumerate(zip(ids, counts, strict=True)):
             if current is None or len(current["input_ids"]) == length:
                 current = {"input_ids": [], "labels": [], "document_lengths": [], "bytes": 0, "tokens": 0, "queries": 0}
+                current |= {"documents": 0, "cut_documents": 0, "cut_tokens": 0}
                 rows.append(current)
+            current["documents"] += place == 0
             first = place == 0 or not current["input_ids"]
             if first:
                 current["document_lengths"].append(0)

@@ -1,117 +1,63 @@
-"""The data of a distillation run: text in, batches out that carry the unit counts of their optimizer step.
+"""The data of a distillation run: documents in, batches out that carry the unit counts of their optimizer step.
 
-All batches have one shape and pad on the right. Packed rows keep their documents apart through `position_ids` alone,
-from which transformers derives the attention mask; the price is that models must be called without an attention mask
-and without a cache where `packed` is true.
-
-Letters: B rows of a batch, L sequence length, N valid tokens of a batch.
+Tables are packed once into a cache and read by row number; streams are packed while they train. The price of offering
+both is that a stream needs `trainer.max_steps` and takes its validation rows from elsewhere or by content.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
-from distill.data.packing import IGNORE, fingerprint, pack
-from distill.data.sampler import EveryRowOnce, MicroBatch, ResumableLoader, StepSampler
-from distill.data.text import load_documents, local_files
+from distill.data.batches import PackedRows, as_is
+from distill.data.chat import Chat, read_template
+from distill.data.forms import Form, form_of
+from distill.data.mixture import Source, sources_of, split_rows, validation_sources
+from distill.data.packing import FEATURES, Packer, encoder_of, fingerprint, pack
+from distill.data.sampler import EveryRowOnce, ResumableLoader, StepSampler
+from distill.data.statistics import describe_read, describe_rows, describe_stream, describe_table
+from distill.data.stream import Stream, StreamBatches, validation_rows
+from distill.data.stream_loader import StreamLoader
+from distill.data.text import load_documents, open_stream
 from distill.errors import UserError
 from distill.models import load_tokenizer
 
-
-class PackedRows(torch.utils.data.Dataset):
-    """Some rows of a packed table, read as whole batches.
-
-    Args:
-        table: see `pack`.
-        indices: which rows.
-        sequence_length: L, to which batches are padded.
-        pad_id: token that pads.
-    """
-
-    def __init__(self, table: Dataset, indices: np.ndarray, sequence_length: int, pad_id: int) -> None:
-        self.table = table.with_format("numpy")
-        self.indices, self.sequence_length, self.pad_id = indices, sequence_length, pad_id
-        self.units_R = {name: np.asarray(self.table[name][:])[indices] for name in ("tokens", "queries")}
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.table[int(self.indices[index])]
-
-    def __getitems__(self, micro_batch: MicroBatch) -> dict[str, Any]:
-        """The batch that a sampler asks for; the units travel with the request."""
-        rows = [self[index] for index in micro_batch.indices]
-        return collate(rows, self.sequence_length, self.pad_id, micro_batch.units)
-
-
-def collate(rows: Sequence[dict[str, Any]], sequence_length: int, pad_id: int, units: dict[str, int]) -> dict[str, Any]:
-    """A batch of packed rows, or one dummy row without labels where there are none.
-
-    Args:
-        rows: with input_ids, labels, document_lengths and bytes.
-        sequence_length: L.
-        pad_id: token that pads on the right.
-        units: passed through.
-
-    Returns:
-        input_ids, labels, attention_mask and position_ids, int64 [B, L]; positions, int64 [N], flat indices b L + t of
-        the valid tokens; packed, whether a row holds several documents (padding aside); units; bytes behind the labels.
-    """
-    shape = (max(1, len(rows)), sequence_length)
-    input_ids_BL, labels_BL = np.full(shape, pad_id), np.full(shape, IGNORE)
-    attention_mask_BL, position_ids_BL = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-    for b in range(shape[0]):
-        lengths = np.asarray(rows[b]["document_lengths"], dtype=np.int64) if rows else np.zeros(0, dtype=np.int64)
-        used = int(lengths.sum())
-        if rows:
-            input_ids_BL[b, :used], labels_BL[b, :used] = rows[b]["input_ids"], rows[b]["labels"]
-        attention_mask_BL[b, :used] = 1
-        segments = np.append(lengths, sequence_length - used)  # padding is a document of its own
-        position_ids_BL[b] = np.arange(sequence_length) - np.repeat(np.cumsum(segments) - segments, segments)
-    shifted_BL = np.roll(labels_BL, -1, axis=1)
-    shifted_BL[:, -1] = IGNORE
-    return {
-        "input_ids": torch.from_numpy(input_ids_BL),
-        "labels": torch.from_numpy(labels_BL),
-        "attention_mask": torch.from_numpy(attention_mask_BL),
-        "position_ids": torch.from_numpy(position_ids_BL),
-        "positions": torch.from_numpy(np.flatnonzero(shifted_BL != IGNORE)),
-        "packed": any(len(row["document_lengths"]) > 1 for row in rows),
-        "units": units,
-        "bytes": int(sum(row["bytes"] for row in rows)),
-    }
-
-
-def _as_is(batch: dict[str, Any]) -> dict[str, Any]:
-    return batch
+STREAM_VALIDATION = 256  # rows to validate on where a stream could give any number
 
 
 class DistillationDataModule(L.LightningDataModule):
-    """Plain text for causal language models, tokenised with the teacher's tokenizer and packed into rows.
+    """Text, conversations, completions or tokens for causal language models, packed with the teacher's tokenizer.
 
     Args:
         dataset: hub name, local file (text, JSON, JSON lines, Parquet, CSV), folder, glob or package://name/path,
-            or a list of them. A text file is one document.
+            or a list of them. A text file is one document. A list of `{dataset: ..., weight: ...}` is a mixture whose
+            weights are shares of rows, so of tokens where rows are packed; each part may set the next five keys.
         dataset_config: configuration of a hub data set.
         split: split of a hub data set to train on; slices such as `train[:1%]` work.
         text_column: column that holds the text, in tables.
-        validation_split: fraction of the rows to hold out, chosen by `seed`; or a split of the hub data set; or another
-            local source.
+        messages_column: column that holds conversations, lists of messages with role and content.
+        format: form of the documents; auto = by their columns: messages; prompt and completion (texts, or lists of
+            messages); input_ids, with labels or not; else text.
+        completion_only_loss: of conversations and completions, only what the model has to say is a target.
+        chat_template: Jinja file, or template, for conversations; null = the tokenizer's.
+        chat_template_kwargs: further variables of the template, such as `enable_thinking`.
+        validation_split: fraction of the rows to hold out, chosen by `seed`, of a stream's documents by their content;
+            or a split of the hub data set; or another local source.
         tokenizer: source of the tokenizer; by default the teacher's.
-        sequence_length: tokens per row.
-        packing: join documents into full rows; otherwise each starts a row of its own.
+        sequence_length: tokens per row. Text that is longer goes on in the next row, other documents are cut.
+        packing: put documents together into full rows; otherwise each starts a row of its own.
+        group_by_length: without packing, form steps of rows of about one length and pad to the longest of a batch.
+        streaming: read while training; needs `trainer.max_steps`.
+        shuffle_buffer: of a stream, documents that are read, packed and shuffled at once.
         per_device_batch_size: rows per micro-batch and device.
         num_workers: processes that read ahead.
         seed: of the held-out rows and of the order of training.
         max_sequences: use this many training rows at most.
-        max_validation_sequences: use this many validation rows at most.
+        max_validation_sequences: use this many validation rows at most; null = all, of a stream 256.
         trust_remote_code: run code that comes with `tokenizer`; the teacher's own goes by `model.trust_remote_code`.
 
     Raises:
@@ -120,14 +66,22 @@ class DistillationDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        dataset: str | list[str],
+        dataset: str | list[str | Source],
         dataset_config: str | None = None,
         split: str = "train",
         text_column: str = "text",
+        messages_column: str = "messages",
+        format: Form | Literal["auto"] = "auto",
+        completion_only_loss: bool = True,
+        chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         validation_split: float | str = 0.05,
         tokenizer: str | None = None,
         sequence_length: int = 512,
         packing: bool = True,
+        group_by_length: bool = False,
+        streaming: bool = False,
+        shuffle_buffer: int = 1000,
         per_device_batch_size: int = 4,
         num_workers: int = 0,
         seed: int = 0,
@@ -136,16 +90,28 @@ class DistillationDataModule(L.LightningDataModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        self.dataset, self.dataset_config, self.split, self.text_column = dataset, dataset_config, split, text_column
-        self.validation_split, self.tokenizer_source = validation_split, tokenizer
-        self.sequence_length, self.packing = sequence_length, packing
+        self.dataset, self.validation_split, self.tokenizer_source = dataset, validation_split, tokenizer
+        self.sequence_length, self.packing, self.group_by_length = sequence_length, packing, group_by_length
+        self.streaming, self.shuffle_buffer = streaming, shuffle_buffer
         self.per_device_batch_size, self.num_workers, self.seed = per_device_batch_size, num_workers, seed
         self.max_sequences, self.max_validation_sequences = max_sequences, max_validation_sequences
         self.trust_remote_code = trust_remote_code
         self.tokenizer: Any = None
         self.train_rows: PackedRows | None = None
         self.validation_rows: PackedRows | None = None
+        self.streams: list[Stream] = []
+        self._stream_loader: StreamLoader | None = None
+        self._parts: tuple[list[int], list[int]] | None = None
         self._check_options()
+        self.sources = sources_of(
+            dataset,
+            dataset_config=dataset_config,
+            split=split,
+            text_column=text_column,
+            messages_column=messages_column,
+            format=format,
+        )
+        self.chat = Chat(read_template(chat_template), chat_template_kwargs or {}, completion_only_loss)
 
     def _check_options(self) -> None:
         for name, least in (
@@ -153,6 +119,7 @@ class DistillationDataModule(L.LightningDataModule):
             ("per_device_batch_size", 1),
             ("num_workers", 0),
             ("seed", 0),
+            ("shuffle_buffer", 1),
             ("max_sequences", 1),
             ("max_validation_sequences", 1),
         ):
@@ -163,81 +130,121 @@ class DistillationDataModule(L.LightningDataModule):
             raise UserError(
                 f"data.validation_split: {self.validation_split}; give a fraction between 0 and 1, or a split's name"
             )
+        if self.group_by_length and (self.packing or self.streaming):
+            other = "packing" if self.packing else "streaming"
+            raise UserError(f"data.group_by_length: true with data.{other} true groups nothing; set one to false")
+        if self.streaming and self.max_sequences is not None:
+            raise UserError(
+                f"data.max_sequences: {self.max_sequences} of a stream is unknown; limit trainer.max_steps instead"
+            )
 
     def prepare_data(self) -> None:
         """Download, tokenise and pack into the cache, on one process per node."""
-        self._check_context()
-        self._tables()
+        self._check()
+        if not self.streaming:
+            self._tables()
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the cached rows and split them."""
-        if self.train_rows is not None:
+        """Open the cached rows and split them, or the streams."""
+        if self.validation_rows is not None:
             return
-        self._check_context()
-        train, held_out, documents = self._tables()
-        generator = np.random.default_rng(self.seed)
-        order_R = generator.permutation(train.num_rows)
-        if held_out is None:
-            count = max(1, round(train.num_rows * float(self.validation_split)))
-            validation_R, order_R, held_out = order_R[:count], order_R[count:], train
-        else:
-            validation_R = generator.permutation(held_out.num_rows)
-        if not len(order_R):
-            raise UserError(
-                f"data.validation_split: {self.validation_split} of {train.num_rows} rows leaves none to train on and "
-                f"to validate on; give more text or a smaller data.sequence_length than {self.sequence_length}"
-            )
-        train_R = np.sort(order_R[: self.max_sequences])
-        validation_R = np.sort(validation_R[: self.max_validation_sequences])
-        pad_id = next(i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if i is not None)
-        self.train_rows = PackedRows(train, train_R, self.sequence_length, pad_id)
-        self.validation_rows = PackedRows(held_out, validation_R, self.sequence_length, pad_id)
-        rank_zero_info(
-            f"Data: {documents:,} documents, {len(train_R):,} training rows of at most {self.sequence_length} tokens "
-            f"with {self.train_rows.units_R['tokens'].sum():,} targets, {len(validation_R):,} validation rows "
-            f"with {self.validation_rows.units_R['tokens'].sum():,}"
+        self._check()
+        if self.streaming:
+            self._setup_streams()
+            return
+        tables, held_out, lines = self._tables()
+        if not self._weights():
+            tables, held_out = _joined(tables), _joined(held_out)
+        split = split_rows(
+            [table.num_rows for table in tables],
+            [table.num_rows for table in held_out] or float(self.validation_split),
+            self._weights(),
+            self.seed,
+            (self.max_sequences, self.max_validation_sequences),
         )
+        self._parts = split.parts
+        self.train_rows = self._rows(_joined(tables)[0], split.train)
+        self.validation_rows = self._rows(_joined(held_out or tables)[0], split.validation)
+        epoch = sum(split.parts[1]) if split.parts is not None else len(self.train_rows)
+        for line in (*lines, describe_rows(self.train_rows, self.validation_rows, epoch)):
+            rank_zero_info(line)
 
-    def _tables(self) -> tuple[Dataset, Dataset | None, int]:
-        """Rows to train on, rows to validate on if they come from elsewhere, and the number of documents."""
-        if self.tokenizer is None:
-            source = self.tokenizer_source or getattr(self._module(), "teacher_source", None)
-            if source is None:
-                raise UserError("data.tokenizer: null, and there is no teacher to take it from; name a model source")
-            teachers = getattr(self._module(), "load_options", {}) if self.tokenizer_source is None else {}
-            trusted = self.trust_remote_code or teachers.get("trust_remote_code", False)
-            self.tokenizer = load_tokenizer(source, trust_remote_code=trusted)
-        documents = self._documents(self.dataset, self.split)
-        train = pack(documents, self.tokenizer, self.sequence_length, self.packing)
-        if not isinstance(self.validation_split, str):
-            return train, None, documents.num_rows
-        key = "data.validation_split"
-        sources = [self.dataset] if isinstance(self.dataset, str) else self.dataset
-        if all(local_files(name, "data.dataset") is None for name in sources):
-            held_out = self._documents(self.dataset, self.validation_split)
-        elif local_files(self.validation_split, key) is not None:
-            held_out = self._documents(self.validation_split, self.split, key)
-        else:
-            raise UserError(
-                f"{key}: {self.validation_split!r} is no local file, and local data have no splits; "
-                "give a file or a fraction"
-            )
-        rows = pack(held_out, self.tokenizer, self.sequence_length, self.packing)
-        return train, rows, documents.num_rows + held_out.num_rows
-
-    def _documents(self, source: str | list[str], split: str, key: str = "data.dataset") -> Dataset:
-        return load_documents(source, config=self.dataset_config, split=split, text_column=self.text_column, key=key)
-
-    def _module(self) -> L.LightningModule | None:
-        return self.trainer.lightning_module if self.trainer is not None else None
-
-    def _check_context(self) -> None:
-        context = getattr(self._module(), "max_context", None)
+    def _check(self) -> None:
+        """Loads the tokenizer, once, and refuses what trainer and models cannot do."""
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        context = getattr(module, "max_context", None)
         if context is not None and self.sequence_length > context:
             raise UserError(
                 f"data.sequence_length: {self.sequence_length} exceeds the {context} tokens that the models were built "
                 "for; lower it"
             )
+        if self.streaming and self.trainer is not None and self.trainer.training and self.trainer.max_steps < 1:
+            raise UserError("data.streaming: true gives data without an end; set trainer.max_steps")
+        if self.tokenizer is None:
+            source = self.tokenizer_source or getattr(module, "teacher_source", None)
+            if source is None:
+                raise UserError("data.tokenizer: null, and there is no teacher to take it from; name a model source")
+            teachers = getattr(module, "load_options", {}) if self.tokenizer_source is None else {}
+            trusted = self.trust_remote_code or teachers.get("trust_remote_code", False)
+            self.tokenizer = load_tokenizer(source, trust_remote_code=trusted)
+
+    def _weights(self) -> list[float] | None:
+        return [s.weight for s in self.sources if s.weight is not None] or None
+
+    def _tables(self) -> tuple[list[Dataset], list[Dataset], list[str]]:
+        """Packed rows of each source to train on and, where they come from elsewhere, to validate on; statistics."""
+        weights, lines = self._weights(), []
+
+        def packed(source: Source, key: str, what: str) -> Dataset:
+            documents = load_documents(source.dataset, **source.options(), key=key)
+            rows = pack(documents, self.tokenizer, self.sequence_length, self.packing, self.chat, key)
+            form = form_of(documents.column_names)
+            lines.append(describe_table(what, documents, rows, form, self.sequence_length))
+            return rows
+
+        whats = [f"{weight / sum(weights):.1%} of the rows from " for weight in weights] if weights else []
+        whats = whats or [""] * len(self.sources)
+        tables = [packed(source, "data.dataset", what) for source, what in zip(self.sources, whats, strict=True)]
+        held_out = validation_sources(self.sources, self.validation_split)
+        return tables, [packed(*where, "for validation ") for where in held_out], lines
+
+    def _rows(self, table: Dataset, indices: np.ndarray) -> PackedRows:
+        return PackedRows(table, indices, self.sequence_length, self._pad_id(), self.group_by_length)
+
+    def _pad_id(self) -> int:
+        return next(i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if i is not None)
+
+    def _setup_streams(self) -> None:
+        def opened(source: Source, key: str, held_out: float) -> Stream:
+            documents, columns = open_stream(source.dataset, **source.options(), key=key)
+            encoder = encoder_of(self.tokenizer, self.chat)
+            packer = Packer(encoder, self.sequence_length, self.packing)
+            return Stream(documents, columns, packer, self.shuffle_buffer, self.seed, held_out, source.weight or 1.0)
+
+        held_out = 0.0 if isinstance(self.validation_split, str) else self.validation_split
+        self.streams = [opened(source, "data.dataset", held_out) for source in self.sources]
+        if len(self.streams) > 1 and not self._weights():
+            raise UserError("data.dataset: streams have no known length to be mixed by; give every part a weight")
+        for stream in self.streams:
+            rank_zero_info(describe_stream(*stream.first_block(), form_of(list(stream.columns)), self.sequence_length))
+        elsewhere = validation_sources(self.sources, self.validation_split)
+        rows = validation_rows([opened(*where, 0.0) for where in elsewhere] or self.streams, self._validation_limit())
+        if not rows:
+            raise UserError(
+                f"data.validation_split: {self.validation_split} of the stream holds no rows; give a larger fraction, "
+                "or a split or file of its own"
+            )
+        self.validation_rows = self._rows(Dataset.from_list(rows, features=FEATURES), np.arange(len(rows)))
+        targets = self.validation_rows.units_R["tokens"].sum()
+        rank_zero_info(f"Data: {len(rows):,} validation rows ({targets:,} targets).")
+
+    def _validation_limit(self) -> int:
+        return self.max_validation_sequences or STREAM_VALIDATION
+
+    def teardown(self, stage: str) -> None:
+        """Tells what was read of streams."""
+        if stage == "fit" and self._stream_loader is not None:
+            rank_zero_info(describe_read(self._stream_loader.counts()))
 
     def _ranks(self) -> dict[str, int]:
         """Rank and world size, once it is sure that Lightning won't deal out the rows a second time."""
@@ -251,31 +258,45 @@ class DistillationDataModule(L.LightningDataModule):
         return {"rank": trainer.global_rank, "world_size": trainer.world_size}
 
     def _options(self) -> dict[str, Any]:
-        return {"num_workers": self.num_workers, "collate_fn": _as_is, "pin_memory": torch.cuda.is_available()}
+        return {"num_workers": self.num_workers, "collate_fn": as_is, "pin_memory": torch.cuda.is_available()}
 
-    def train_dataloader(self) -> ResumableLoader:
-        """Training rows in the order of (seed, epoch), resumable within an epoch."""
-        assert self.train_rows is not None
+    def train_dataloader(self) -> ResumableLoader | StreamLoader:
+        """Training rows in the order of (seed, epoch), or the streams; resumable anywhere."""
         if overfit := getattr(self.trainer, "overfit_batches", 0):
             raise UserError(
                 f"trainer.overfit_batches: {overfit} would reorder the rows; set data.max_sequences instead"
             )
-        self._check_context()
+        self._check()
         ranks = self._ranks()
-        rows = fingerprint(self.train_rows.table._fingerprint, self.train_rows.indices.size, self.validation_split)
-        layout = {
-            "data": rows,
+        layout: dict[str, Any] = {
             "data.seed": self.seed,
             "data.per_device_batch_size": self.per_device_batch_size,
             "trainer.devices": ranks["world_size"],
         }
-        sampler = StepSampler(self.train_rows.units_R, self.per_device_batch_size, self.seed, **ranks)
-        return ResumableLoader(self.train_rows, sampler, self.trainer, layout, **self._options())
+        if self.streaming:
+            options = [stream.packer.encoder.key(form_of(list(stream.columns))) for stream in self.streams]
+            sources = [repr(source) for source in self.sources]
+            layout["data"] = fingerprint(options, sources, self.packing, self.sequence_length, self.validation_split)
+            layout |= {"data.num_workers": self.num_workers, "data.shuffle_buffer": self.shuffle_buffer}
+            batches = StreamBatches(
+                self.streams, self.per_device_batch_size, self._pad_id(), **ranks, workers=self.num_workers
+            )
+            self._stream_loader = StreamLoader(batches, self.trainer, layout, **self._options())
+            return self._stream_loader
+        rows = self.train_rows
+        assert rows is not None
+        layout["data"] = fingerprint(rows.table._fingerprint, rows.indices.size, self.validation_split, self._parts)
+        layout["data.group_by_length"] = self.group_by_length
+        lengths_R = rows.lengths_R() if self.group_by_length else None
+        sampler = StepSampler(
+            rows.units_R, self.per_device_batch_size, self.seed, **ranks, parts=self._parts, lengths_R=lengths_R
+        )
+        return ResumableLoader(rows, sampler, self.trainer, layout, **self._options())
 
     def val_dataloader(self) -> DataLoader:
         """Every validation row once."""
         assert self.validation_rows is not None
-        self._check_context()
+        self._check()
         sampler: Any = EveryRowOnce(self.validation_rows.units_R, self.per_device_batch_size, **self._ranks())
         # A generator of its own keeps validation from drawing from the global one, which training depends on.
         generator = torch.Generator().manual_seed(self.seed)
@@ -291,3 +312,8 @@ class DistillationDataModule(L.LightningDataModule):
         sampler = EveryRowOnce(self.validation_rows.units_R, self.per_device_batch_size)
         batches: Any = [self.validation_rows.__getitems__(next(iter(sampler)))]
         return DataLoader(batches, batch_size=None)
+
+
+def _joined(tables: list[Dataset]) -> list[Dataset]:
+    """The tables as one."""
+    return tables if len(tables) < 2 else [concatenate_datasets(tables)]

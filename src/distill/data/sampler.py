@@ -5,6 +5,9 @@ The sampler knows the units of every row, so each micro-batch carries the counts
 ranks and the normaliser needs no communication. The price is one small integer array of the data set's length per
 kind of unit in memory, and dummy rows where the last micro-batch does not fill every rank.
 
+Grouping by length puts rows of about one length into a step, so that little is spent on padding; the price is that the
+rows of a step are no longer independent of each other.
+
 Letters: R rows, W ranks, b rows per micro-batch and rank, A micro-batches per optimizer step and rank.
 """
 
@@ -17,7 +20,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from distill.data.mixture import draw
 from distill.errors import UserError
+
+POOL = 50  # optimizer steps whose rows are sorted together where rows are grouped by length
 
 
 @dataclass(frozen=True)
@@ -37,22 +43,32 @@ class MicroBatch:
 class StepSampler:
     """Micro-batches of one rank for training, in a new order each epoch.
 
-    Micro-batch m of rank r holds rows [(m W + r) b, (m W + r + 1) b) of the permutation of (seed, epoch).
+    Micro-batch m of rank r holds rows [(m W + r) b, (m W + r + 1) b) of the order of (seed, epoch).
 
     Args:
         units_R: kind of unit -> count of each row, int64 [R].
         batch_size: b.
-        seed: of the permutation.
+        seed: of the order.
         rank: r.
         world_size: W.
+        parts: rows of each source, and how many of them an epoch has; None = one source, of which it has all.
+        lengths_R: tokens of each row, by which rows are grouped; None = they are not.
     """
 
     def __init__(
-        self, units_R: dict[str, np.ndarray], batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        units_R: dict[str, np.ndarray],
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        parts: tuple[list[int], list[int]] | None = None,
+        lengths_R: np.ndarray | None = None,
     ) -> None:
         self.units_R, self.batch_size, self.seed = units_R, batch_size, seed
         self.rank, self.world_size = rank, world_size
-        self.rows = len(next(iter(units_R.values())))
+        self.parts, self.lengths_R = parts, lengths_R
+        self.rows = sum(parts[1]) if parts is not None else len(next(iter(units_R.values())))
         self.epoch = 0
         self.accumulate = 1
         self.limit: float = float("inf")
@@ -70,8 +86,16 @@ class StepSampler:
     def __len__(self) -> int:
         return -(-self.rows // (self.batch_size * self.world_size))
 
+    def _order(self, step: int) -> np.ndarray:
+        """The rows of the epoch, `step` of them per optimizer step."""
+        if self.parts is None:
+            order_R = np.random.default_rng([self.seed, self.epoch]).permutation(self.rows)
+        else:
+            order_R = draw(*self.parts, self.seed, self.epoch)
+        return order_R if self.lengths_R is None else group_by_length(order_R, self.lengths_R, step, self.seed)
+
     def __iter__(self) -> Iterator[MicroBatch]:
-        order_R = np.random.default_rng([self.seed, self.epoch]).permutation(self.rows)
+        order_R = self._order(self.batch_size * self.world_size * self.accumulate)
         across = self.batch_size * self.world_size  # rows of one micro-batch over all ranks
         count = int(min(len(self), self.limit))
         units: dict[str, int] = {}
@@ -84,6 +108,29 @@ class StepSampler:
                 units["micro_batches"] = (last - first) * self.world_size
             mine = index * across + self.rank * self.batch_size
             yield MicroBatch(order_R[mine : mine + self.batch_size].tolist(), units)
+
+
+def group_by_length(order_R: np.ndarray, lengths_R: np.ndarray, step: int, seed: int) -> np.ndarray:
+    """The same rows in an order in which the rows of an optimizer step are about as long as each other.
+
+    Rows are sorted within pools of POOL steps, then the steps are shuffled; those that fill no step stay last. So the
+    rows of a step don't depend on how it is split over micro-batches and ranks.
+
+    Args:
+        order_R: rows in a random order.
+        lengths_R: tokens of every row.
+        step: rows of an optimizer step.
+        seed: of the order of the steps, which otherwise depends on `order_R` alone.
+    """
+    whole = len(order_R) // step * step
+    pools = [order_R[at : min(at + POOL * step, whole)] for at in range(0, whole, POOL * step)]
+    by_length = [pool[np.argsort(-lengths_R[pool], kind="stable")] for pool in pools]
+    if not by_length:
+        return order_R
+    steps_SR = np.concatenate(by_length).reshape(-1, step)
+    shuffled_SR = steps_SR[np.random.default_rng([seed, int(order_R[0])]).permutation(len(steps_SR))]
+    rest_R = order_R[whole:]
+    return np.concatenate([shuffled_SR.ravel(), rest_R[np.argsort(-lengths_R[rest_R], kind="stable")]])
 
 
 class EveryRowOnce:
@@ -162,12 +209,21 @@ class ResumableLoader(DataLoader):
         Raises:
             UserError: the place lies within an epoch over other data, or otherwise dealt out.
         """
-        now = self._layout()
         if state["processed"]:
-            for name, value in state["layout"].items():
-                if now.get(name) != value:
-                    raise UserError(
-                        f"{name}: {now.get(name)!r}, but the checkpoint stands within an epoch with {value!r}; "
-                        "resume with the same value, or from a checkpoint at the end of an epoch"
-                    )
+            check_layout(state["layout"], self._layout(), "stands within an epoch")
         self._start = state["processed"]
+
+
+def check_layout(stored: dict[str, Any], now: dict[str, Any], stands: str) -> None:
+    """Refuses a place in data that are not those of the configuration.
+
+    Raises:
+        UserError: something differs.
+    """
+    for name, value in stored.items():
+        if now.get(name) != value:
+            remedy = ", or from a checkpoint at the end of an epoch" if "epoch" in stands else ""
+            raise UserError(
+                f"{name}: {now.get(name)!r}, but the checkpoint {stands} with {value!r}; resume with the same "
+                f"value{remedy}"
+            )

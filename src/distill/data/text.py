@@ -1,4 +1,4 @@
-"""Where documents come from: hub data sets and local files become one `datasets` table with one column, `text`.
+"""Where documents come from: hub data sets and local files become one `datasets` table with the columns of one form.
 
 A text file is one document; tables (JSON, Parquet, CSV, hub) hold one per row. `datasets` reads, checks and caches, so
 a second run starts from memory-mapped Arrow files; the price is a copy of local text in its cache.
@@ -10,12 +10,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
-from distill.errors import UserError, did_you_mean
+from distill.data.forms import Form, recognise
+from distill.errors import UserError
 from distill.sources import resolve
 
 TABLES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -28,30 +29,107 @@ TABLES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def load_documents(
-    source: str | list[str], *, config: str | None, split: str, text_column: str, key: str = "data.dataset"
+    source: str | list[str],
+    *,
+    config: str | None,
+    split: str,
+    text_column: str,
+    messages_column: str = "messages",
+    form: Form | Literal["auto"] = "auto",
+    key: str = "data.dataset",
 ) -> Dataset:
-    """All documents of one or more sources, in order: a table with the single column `text`.
+    """All documents of one or more sources, in order: a table with the columns of one form alone, see `recognise`.
 
     Args:
         source: hub name, local file, folder, glob or `package://name/path`, or a list of them.
         config: configuration of a hub data set.
         split: split of a hub data set, slices such as `train[:1%]` included; local files have none.
         text_column: column of tables that holds the text.
+        messages_column: column of tables that holds conversations.
+        form: of the documents; auto = by their columns.
         key: YAML key that error messages name.
 
     Raises:
-        UserError: missing or empty data, unreadable files, a column that is not there or holds no text.
+        UserError: missing or empty data, unreadable files, a column that is not there or holds something else.
     """
     parts = []
     for name in [source] if isinstance(source, str) else source:
-        files = local_files(name, key)
-        loaded = _load_hub(name, config, split, key) if files is None else _load_files(files, key)
-        parts += [_text_of(table, text_column, name) for table in loaded]
+        for table in _load(name, config, split, key):
+            columns = recognise(
+                table.features, name, form=form, text_column=text_column, messages_column=messages_column
+            )
+            renamed = {column: own for own, column in columns.items() if own != column}
+            parts.append(table.select_columns(list(columns.values())).rename_columns(renamed))
     if not any(part.num_rows for part in parts):
         raise UserError(f"{key}: {source!r} has no documents; give a source with text")
-    if len({part.features["text"].dtype for part in parts}) > 1:  # Arrow has two kinds of string
-        parts = [part.cast_column("text", datasets.Value("large_string")) for part in parts]
-    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    if len(parts) == 1:
+        return parts[0]
+    if len({tuple(part.column_names) for part in parts}) > 1:
+        found = " and ".join(sorted({", ".join(part.column_names) for part in parts}))
+        raise UserError(
+            f"{key}: {source!r} mixes documents of different forms ({found}); list them as parts, each {{dataset: ...}}"
+        )
+    if "text" in parts[0].column_names and len({part.features["text"].dtype for part in parts}) > 1:
+        parts = [part.cast_column("text", datasets.Value("large_string")) for part in parts]  # Arrow has two strings
+    try:
+        return datasets.concatenate_datasets(parts)
+    except ValueError as error:
+        raise UserError(
+            f"{key}: the tables of {source!r} differ in what their columns hold; list them as parts, "
+            "each {dataset: ...}"
+        ) from error
+
+
+def open_stream(
+    source: str | list[str],
+    *,
+    config: str | None,
+    split: str,
+    text_column: str,
+    messages_column: str = "messages",
+    form: Form | Literal["auto"] = "auto",
+    key: str = "data.dataset",
+) -> tuple[IterableDataset, dict[str, str]]:
+    """The documents of one source as they are read, and the columns of their form, see `recognise`.
+
+    Args:
+        source: as for `load_documents`, but all files of one kind.
+        config: configuration of a hub data set.
+        split: split of a hub data set.
+        text_column: column that holds the text.
+        messages_column: column that holds conversations.
+        form: of the documents; auto = by their columns.
+        key: YAML key that error messages name.
+
+    Raises:
+        UserError: as `load_documents` does, for the first document; several streams, whose lengths nobody knows.
+    """
+    names = [source] if isinstance(source, str) else source
+    streams = [stream for name in names for stream in _load(name, config, split, key, streaming=True)]
+    if len(streams) != 1:
+        raise UserError(
+            f"{key}: {source!r} makes {len(streams)} streams whose lengths nobody knows; list them as parts, each "
+            "{dataset: ..., weight: ...}"
+        )
+    try:
+        first = next(iter(streams[0]), None)
+    except Exception as error:
+        raise UserError(f"{key}: {source!r} cannot be read ({_reason(error)}); repair it") from error
+    if first is None:
+        raise UserError(f"{key}: {source!r} has no documents; give a source with text")
+    features = streams[0].features or Dataset.from_list([first]).features
+    return streams[0], recognise(features, source, form=form, text_column=text_column, messages_column=messages_column)
+
+
+def _reason(error: Exception) -> str:
+    return str(error.__cause__ or error).partition("\n")[0] or "it is empty"
+
+
+def _load(name: str, config: str | None, split: str, key: str, streaming: bool = False) -> list[Any]:
+    files = local_files(name, key)
+    if files is None:
+        return _load_hub(name, config, split, key, streaming)
+    return _load_files(files, key, streaming)
 
 
 def local_files(source: str, key: str) -> list[Path] | None:
@@ -75,8 +153,8 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
 
 
-def _load_files(files: list[Path], key: str) -> list[Dataset]:
-    """One table per kind of file, each in the order of its files."""
+def _load_files(files: list[Path], key: str, streaming: bool) -> list[Any]:
+    """One table, or stream, per kind of file, each in the order of its files."""
     by_kind: dict[str, list[str]] = {}
     for path in files:
         suffix = path.suffix.lower()
@@ -91,11 +169,14 @@ def _load_files(files: list[Path], key: str) -> list[Dataset]:
         builder, options = TABLES.get(suffix, ("text", {"sample_by": "document"}))
         try:
             with bars_on_terminals():
-                tables.append(datasets.load_dataset(builder, data_files=names, split="train", **options))
+                tables.append(
+                    datasets.load_dataset(builder, data_files=names, split="train", streaming=streaming, **options)
+                )
         except Exception as error:
-            reason = str(error.__cause__ or error).partition("\n")[0] or "it is empty"
             shown = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-            raise UserError(f"{key}: {shown!r} cannot be read as {builder} ({reason}); repair the file") from error
+            raise UserError(
+                f"{key}: {shown!r} cannot be read as {builder} ({_reason(error)}); repair the file"
+            ) from error
     return tables
 
 
@@ -109,10 +190,10 @@ def _is_text(path: Path) -> bool:
     return b"\0" not in head
 
 
-def _load_hub(name: str, config: str | None, split: str, key: str) -> list[Dataset]:
+def _load_hub(name: str, config: str | None, split: str, key: str, streaming: bool) -> list[Any]:
     try:
         with bars_on_terminals():
-            loaded = datasets.load_dataset(name, config, split=split)
+            loaded = datasets.load_dataset(name, config, split=split, streaming=streaming)
     except Exception as error:
         text = str(error)
         reason = text.partition("\n")[0].rstrip(". ")
@@ -126,21 +207,6 @@ def _load_hub(name: str, config: str | None, split: str, key: str) -> list[Datas
             "network, or give local files"
         ) from error
     return [loaded]
-
-
-def _text_of(table: Dataset, column: str, source: str) -> Dataset:
-    """The table with its text column alone, called `text`."""
-    if column not in table.column_names:
-        names = table.column_names
-        remedy = did_you_mean(column, names)
-        raise UserError(f"data.text_column: {column!r} is no column of {source!r} ({', '.join(names)}); {remedy}")
-    kind = getattr(table.features[column], "dtype", None)
-    if kind not in ("string", "large_string"):
-        raise UserError(
-            f"data.text_column: {column!r} of {source!r} holds {kind or 'nested data'}, not text; name another"
-        )
-    table = table.select_columns([column])
-    return table if column == "text" else table.rename_column(column, "text")
 
 
 @contextmanager
