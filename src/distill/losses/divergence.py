@@ -31,15 +31,21 @@ class KDLoss:
         beta: of `jsd`: the teacher's share in the mixture; 0 is forward KL and 1 reverse KL by definition.
         alpha: of the skew divergences: the share of the first argument in the mixture.
         coefficient: constant factor, part of the raw value.
+        top_k: learn from the teacher's so many most probable ids and one bucket for the rest; null = from all ids.
+        samples: learn from so many ids drawn from the teacher, anew each step; null = from all ids.
+
+    With a live teacher top_k and samples cost more than they save: they show what targets on disk would lose.
 
     Raises:
-        UserError: a value outside its range.
+        UserError: a value outside its range, or values that do not go together.
     """
 
     divergence: Divergence = "forward_kl"
     beta: float = 0.5
     alpha: float = 0.1
     coefficient: float = 1.0
+    top_k: int | None = None
+    samples: int | None = None
 
     def __post_init__(self) -> None:
         names = Divergence.__args__  # type: ignore[attr-defined]
@@ -52,6 +58,16 @@ class KDLoss:
         if not 0 < self.coefficient < float("inf"):
             raise UserError(
                 f"coefficient: {self.coefficient} must be a number > 0; use the curriculum to switch KD off"
+            )
+        for key in ("top_k", "samples"):
+            count = getattr(self, key)
+            if count is not None and count < 1:
+                raise UserError(f"model.kd_loss.{key}: {count} must be at least 1 (null = learn from all ids)")
+        if self.top_k is not None and self.samples is not None:
+            raise UserError(f"model.kd_loss.samples: {self.samples} with top_k {self.top_k}; give one of the two")
+        if self.samples is not None and self.effective != "forward_kl":
+            raise UserError(
+                f"model.kd_loss.samples: {self.divergence} is biased on drawn ids; use forward_kl, or top_k"
             )
 
     @property

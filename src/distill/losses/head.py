@@ -85,7 +85,7 @@ def check_lm_head(model: PreTrainedModel, head: LMHead, tolerance: float = 2e-2)
     """Compares the head with the model's own logits on four tokens, one forward.
 
     Args:
-        model: the model that `head` was read from, in eval mode.
+        model: the model that `head` was read from.
         head: what `lm_head_of` returned.
         tolerance: allowed difference relative to the largest logit; bf16 products differ by about 1e-2.
 
@@ -93,10 +93,13 @@ def check_lm_head(model: PreTrainedModel, head: LMHead, tolerance: float = 2e-2)
         UserError: the model does something to its logits that `LMHead` does not know.
     """
     ids_1T = torch.arange(4, device=model.device)[None] % head.vocab_size
+    training = model.training
+    model.eval()  # dropout would make two forward passes differ
     with torch.no_grad():
         theirs_NV = model(input_ids=ids_1T, use_cache=False).logits[0].float()
         hidden_ND = model.get_decoder()(input_ids=ids_1T, use_cache=False).last_hidden_state[0]
         ours_NV = head.logits(hidden_ND).float()
+    model.train(training)
     if theirs_NV.shape != ours_NV.shape or (theirs_NV - ours_NV).abs().max() > tolerance * theirs_NV.abs().max():
         raise UserError(
             f"model: {model.config.model_type} computes its logits in a way that distill does not know; "
