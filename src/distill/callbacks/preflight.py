@@ -1,0 +1,107 @@
+"""The short form of `distill check`, before the first step of every fit: a line, and what is suspicious.
+
+It uses what fit has loaded and runs one row through the teacher; a run is never stopped by it, since a teacher that
+looks bad may be meant. The price is that row's forward pass, on every rank.
+
+Reads: both models, tokenizer and validation rows. Writes and logs nothing.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, final
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from distill.data.sampler import EveryRowOnce
+from distill.losses.engine import distillation_loss
+from distill.losses.head import lm_head_of
+from distill.preflight import (
+    Vocabulary,
+    batch_findings,
+    special_ids,
+    teacher_findings,
+    unigram_nll,
+    vocabulary_findings,
+)
+
+COUNTED_ROWS = 256  # of the training rows, whose tokens are counted for the unigram
+
+
+@final
+class Preflight(Callback):
+    """Prints one line about the run before its first step, and one for each thing that looks wrong."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.ckpt_path is not None:  # it was looked at when the run began
+            return
+        if pl_module.teacher is not None:
+            pl_module.teacher.to(pl_module.device)
+        findings, line = quick_findings(trainer, pl_module, getattr(trainer, "datamodule", None))
+        if trainer.is_global_zero:
+            for text in (line, *(f"Suspicious: {finding}" for finding in findings)):
+                print(text, flush=True)
+
+
+def quick_findings(trainer: L.Trainer, module: Any, datamodule: Any) -> tuple[list[str], str]:
+    """The same judgement in its short form, with what a fit has loaded: one row per rank through the teacher alone.
+
+    Returns:
+        Findings, and one line that sums the run up.
+    """
+    teacher, student = getattr(module.teacher, "model", None), module.student
+    tokenizer, rows = getattr(datamodule, "tokenizer", None), getattr(datamodule, "validation_rows", None)
+    sizes = [m.get_output_embeddings().weight.shape[0] for m in (teacher, student) if m is not None]
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    line = f"Check: {trained / 1e6:,.1f}M parameters learn"
+    if teacher is not None:
+        line += f" from a teacher of {sum(p.numel() for p in teacher.parameters()) / 1e6:,.1f}M"
+    findings = []
+    if tokenizer is not None:
+        named = [("teacher", teacher), ("student", student)]
+        sides = [
+            Vocabulary(name, size, special_ids(model.config))
+            for (name, model), size in zip([pair for pair in named if pair[1] is not None], sizes, strict=True)
+        ]
+        findings += vocabulary_findings(Vocabulary("tokenizer", len(tokenizer), special_ids(tokenizer)), sides)
+    if rows is not None and len(rows):
+        batch = to_device(next(single_rows(rows)), module.device)
+        findings += batch_findings(batch, min(sizes))
+        if teacher is not None:
+            nll = teacher_nll(module.teacher, batch)
+            findings += teacher_findings(nll, counting_nll(datamodule, [batch], sizes[0]), sizes[0])
+            line += f", whose perplexity on the first validation row is {math.exp(min(nll, 700)):,.1f}"
+    return findings, f"{line}, on {trainer.world_size} x {trainer.strategy.root_device.type}."
+
+
+@torch.no_grad()
+def teacher_nll(teacher: Any, batch: dict[str, Any]) -> float:
+    """Nats per token of a batch under an online teacher, without a logits tensor."""
+    positions_N = batch["positions"]
+    hidden_ND = teacher.hidden(batch).flatten(0, 1).index_select(0, positions_N)
+    labels_N = batch["labels"].flatten().index_select(0, positions_N + 1)
+    engine = distillation_loss(
+        hidden_ND, lm_head_of(teacher.model), labels_N, None, kd=None, temperature=1.0, kd_weight=None, lm_weight=0.0
+    )
+    assert engine.lm_sum is not None
+    return float(engine.lm_sum) / max(1, len(positions_N))
+
+
+def single_rows(rows: Any) -> Iterator[dict[str, Any]]:
+    """Rows of a `PackedRows` one by one, as batches."""
+    return (rows.__getitems__(micro_batch) for micro_batch in EveryRowOnce(rows.units_R, 1))
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on a device."""
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
+def counting_nll(datamodule: Any, batches: list[dict[str, Any]], vocab_size: int) -> float:
+    """Nats per token of a word count of training rows, or of later validation rows of a stream."""
+    rows = datamodule.train_rows if datamodule.train_rows is not None else datamodule.validation_rows
+    step = max(1, len(rows) // COUNTED_ROWS)
+    counted = [torch.as_tensor(rows[index]["input_ids"]) for index in range(0, len(rows), step)]
+    labels = [batch["labels"].flatten().index_select(0, batch["positions"] + 1).cpu() for batch in batches]
+    return unigram_nll(torch.cat(counted).long(), torch.cat(labels), vocab_size)

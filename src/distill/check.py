@@ -1,0 +1,354 @@
+"""`distill check`: what a run would read, compute and need, shown and judged before it is started.
+
+It loads the models once and runs a few rows through them, at most one of them with a gradient; the rest is read from
+configurations. Without weights everything that does not need them is still shown, so that a run for other machines can
+be planned on this one. The price: the time of a step is that of one row here, times the rows.
+"""
+
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from rich.console import Console
+
+from distill import models
+from distill.callbacks.curriculum import Curriculum
+from distill.callbacks.preflight import counting_nll, single_rows, to_device
+from distill.check_tables import (
+    GIB,
+    alignment_table,
+    components_table,
+    curriculum_table,
+    memory_table,
+    show,
+    titled,
+    vocabulary_table,
+)
+from distill.cut import cut_layers
+from distill.errors import UserError
+from distill.live_bytes import Shape, skeleton
+from distill.memory_estimate import MemoryEstimate, estimate_memory, forward_flops, trace
+from distill.metrics import DistillationMetrics
+from distill.optim import horizon_of
+from distill.preflight import (
+    Vocabulary,
+    alignment_rows,
+    batch_findings,
+    schedule_findings,
+    special_ids,
+    teacher_findings,
+    vocabulary_findings,
+)
+
+VALIDATED_ROWS = 4
+MARGIN = 1.1  # what allocators and libraries take beyond the estimate
+
+
+@dataclass
+class Plan:
+    """What a run is asked to be, wherever it will run.
+
+    Args:
+        devices: data-parallel ranks.
+        sharded: whether the strategy is FSDP2.
+        accelerated: whether the devices are something else than CPUs.
+        weights: whether models are loaded.
+        device_memory_gib: of each device; None = this one's.
+        tflops: that a device reaches, in 10^12 operations per second; None = measured.
+    """
+
+    devices: int = 1
+    sharded: bool = False
+    accelerated: bool = False
+    weights: bool = True
+    device_memory_gib: float | None = None
+    tflops: float | None = None
+
+    @staticmethod
+    def asked_by(trainer: Mapping[str, Any]) -> dict[str, Any]:
+        """`devices`, `sharded` and `accelerated` from the keyword arguments of a trainer."""
+        strategy, accelerator = trainer.get("strategy"), trainer.get("accelerator") or "auto"
+        sharded = strategy == "fsdp2" or isinstance(strategy, ModelParallelStrategy)
+        accelerated = accelerator != "cpu" and (accelerator != "auto" or torch.cuda.is_available())
+        devices = trainer.get("devices") or "auto"
+        if isinstance(devices, list):
+            count = len(devices)
+        elif devices in ("auto", -1, "-1"):
+            count = torch.cuda.device_count() if accelerated else 1
+        else:
+            count = int(devices)
+        return {
+            "devices": max(1, count) * int(trainer.get("num_nodes") or 1),
+            "sharded": sharded,
+            "accelerated": accelerated,
+        }
+
+
+@dataclass
+class Check:
+    """The parts of a run under scrutiny, and what was found suspicious about them."""
+
+    trainer: L.Trainer
+    module: Any
+    datamodule: Any
+    plan: Plan
+    console: Console
+    findings: list[str] = field(default_factory=list)
+    raw: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def teacher(self) -> Any:
+        """The loaded teacher's model, None where there is none here."""
+        return getattr(self.module.teacher, "model", None)
+
+    @property
+    def curriculum(self) -> Curriculum:
+        """The run's curriculum."""
+        found = [callback for callback in self.trainer.callbacks if isinstance(callback, Curriculum)]  # type: ignore[attr-defined]
+        return found[0] if found else Curriculum()
+
+
+def check(trainer: L.Trainer, module: Any, datamodule: Any, plan: Plan) -> list[str]:
+    """Shows what a run would do on stdout, and judges it.
+
+    Args:
+        trainer: on one device.
+        module: a DistillationModule.
+        datamodule: a DistillationDataModule.
+        plan: the devices it is meant for.
+
+    Returns:
+        Sentences about what is suspicious; empty where nothing is.
+
+    Raises:
+        UserError: what `fit` would refuse too.
+    """
+    console = Console(width=None if Console().is_terminal else 120, highlight=False)
+    this = Check(trainer, module, datamodule, plan, console)
+    if plan.weights and (missing := _without_weights(module.teacher_source)) is not None:
+        console.print(f"{missing} holds no weights: shown is what a configuration alone can tell.")
+        plan.weights = False
+    horizon = _attach(this)
+    teacher, student = _skeletons(this)
+    _vocabularies(this, teacher.config, student.config)
+    rows = getattr(datamodule, "validation_rows", None)
+    seconds = None
+    if rows is not None:
+        _example(this, min(_head_size(teacher), _head_size(student)))
+        if plan.weights:
+            seconds = _measure(this)
+    show(console, curriculum_table(this.curriculum, module.components, horizon))
+    show(console, components_table(module, this.curriculum, this.raw))
+    _memory(this, teacher, student)
+    _time(this, teacher, student, seconds, horizon)
+    console.print()
+    for finding in this.findings:
+        console.print(f"Suspicious: {finding}", soft_wrap=True, markup=False)
+    if not this.findings:
+        console.print("Nothing suspicious.")
+    return this.findings
+
+
+def _without_weights(source: str) -> str | None:
+    """The folder of a source that holds a configuration and no weights."""
+    path = Path(models.resolve(source, "model.teacher"))
+    if not path.is_dir() or any(any(path.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
+        return None
+    return str(path)
+
+
+def _attach(this: Check) -> int:
+    """Makes trainer, module and data known to each other as fit does, and loads them; returns the horizon."""
+    trainer, module, datamodule = this.trainer, this.module, this.datamodule
+    trainer.strategy.connect(module)
+    trainer._data_connector.attach_data(module, datamodule=datamodule)
+    trainer.state.fn, trainer.training = TrainerFn.FITTING, True
+    try:
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+    except UserError as error:
+        if this.plan.weights:
+            raise
+        this.console.print(f"Without data: {error}", soft_wrap=True, markup=False)
+        return max(1, trainer.max_steps)
+    if this.plan.weights:
+        module.configure_model()
+        module.teacher.to(module.device)
+    this.curriculum.setup(trainer, module, "fit")
+    if trainer.max_epochs is None:  # Lightning's own default, which it sets when fit begins
+        trainer.fit_loop.max_epochs = 1000 if trainer.max_steps == -1 else -1
+    horizon = horizon_of(trainer)
+    if this.plan.weights:
+        this.curriculum.on_fit_start(trainer, module)
+    this.findings += schedule_findings(module.warmup_steps, horizon, module.learning_rate)
+    return horizon
+
+
+def _skeletons(this: Check) -> tuple[Any, Any]:
+    """Teacher and student without memory, in the dtypes that the run gives them."""
+    module, sources = this.module, this.module.student_sources
+    remote = module.load_options["trust_remote_code"]
+    precision = str(this.trainer.precision)
+    learns = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}.get(
+        precision, torch.float32
+    )
+    frozen = getattr(torch, module.teacher_dtype, None)
+    if module.teacher_dtype == "auto":
+        frozen = {"32-true": torch.float32, "64-true": torch.float64}.get(precision, torch.bfloat16)
+    config = models.load_config(module.teacher_source, trust_remote_code=remote)
+    teacher = skeleton(config, frozen or torch.float32, remote)
+    if sources["student_layers"] is not None:
+        return teacher, cut_layers(skeleton(config, learns, remote), sources["student_layers"])
+    source = sources["student"] if sources["student_config"] is None else sources["student_config"]
+    vocab_size = None if sources["student_config"] is None else _head_size(teacher)
+    student = models.load_config(source, vocab_size=vocab_size, trust_remote_code=remote, key="model.student")
+    return teacher, skeleton(student, learns, remote)
+
+
+def _head_size(model: Any) -> int:
+    return int(model.get_output_embeddings().weight.shape[0])
+
+
+def _vocabularies(this: Check, teacher: Any, student: Any) -> None:
+    tokenizer = getattr(this.datamodule, "tokenizer", None)
+    sides = [
+        Vocabulary(name, config.get_text_config(decoder=True).vocab_size, special_ids(config))
+        for name, config in (("teacher", teacher), ("student", student))
+    ]
+    if tokenizer is not None:
+        sides = [Vocabulary("tokenizer", len(tokenizer), special_ids(tokenizer)), *sides]
+        this.findings += vocabulary_findings(sides[0], sides[1:])
+    show(this.console, vocabulary_table(sides, tokenizer))
+
+
+def _example(this: Check, vocab_size: int) -> None:
+    batch = next(single_rows(this.datamodule.validation_rows))
+    this.findings += batch_findings(batch, vocab_size)
+    show(this.console, alignment_table(alignment_rows(batch, this.datamodule.tokenizer)))
+
+
+def _measure(this: Check) -> float:
+    """What the models make of a few validation rows; returns seconds of forward and backward for one row."""
+    module, metrics = this.module, DistillationMetrics().to(this.module.device)
+    batches = [
+        to_device(b, module.device) for b in islice(single_rows(this.datamodule.validation_rows), VALIDATED_ROWS)
+    ]
+    module.curriculum = this.curriculum.state_at(0, 1)
+    with torch.no_grad(), this.trainer.precision_plugin.forward_context():
+        for batch in batches:
+            stats = module.losses(batch, share=1.0, metrics=True).token_stats
+            metrics.update(stats, batch["bytes"])
+    figures = {name: float(value) for name, value in metrics.compute().items()}
+    unigram = counting_nll(this.datamodule, batches, _head_size(this.teacher))
+    if "teacher_nll" in figures:
+        this.findings += teacher_findings(figures["teacher_nll"], unigram, _head_size(this.teacher))
+    title = f"{len(batches)} validation rows before training"
+    table = titled(title, "", "teacher", "student", "counting tokens")
+    for name, key, counting in (("perplexity", "perplexity", math.exp(unigram)), ("nats per token", "nll", unigram)):
+        values = [figures.get(f"{side}_{key}", math.nan) for side in ("teacher", "student")]
+        table.add_row(name, *(f"{value:,.2f}" for value in (*values, counting)))
+    show(this.console, table)
+    module.curriculum = this.curriculum.state_at(1, 1)  # with every component that the run will have
+    start = time.perf_counter()
+    with this.trainer.precision_plugin.forward_context():
+        result = module.losses(batches[0], share=1.0)
+    result.total.backward()
+    if module.device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    this.raw = {name: float(value) for name, value in result.breakdown.raw.items()}
+    for name, value in this.raw.items():
+        if not math.isfinite(value):
+            this.findings.append(f"{name}: {value} on the first validation row")
+    module.zero_grad(set_to_none=True)
+    return seconds
+
+
+def _memory(this: Check, teacher: Any, student: Any) -> None:
+    """Estimates for the strategies that the devices allow, against what a device has."""
+    plan, module, trainer = this.plan, this.module, this.trainer
+    mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(trainer.precision))
+    shape = Shape(
+        this.datamodule.per_device_batch_size,
+        this.datamodule.sequence_length,
+        autocast=mixed,
+        on_cpu=not plan.accelerated,
+        chunk_size=module.chunk_size,
+        packed=this.datamodule.packing,
+        checkpointing=module.gradient_checkpointing,
+    )
+    extra = sum(p.numel() for name, p in module.named_parameters() if not name.startswith("student."))
+
+    def estimate(devices: int, sharded: bool) -> MemoryEstimate:
+        return estimate_memory(student, teacher, parts, extra_parameters=extra, devices=devices, sharded=sharded)
+
+    parts = trace(student, teacher, shape)
+    ways = {"1 device": (1, False)}
+    if plan.devices > 1:
+        ways = {f"ddp x {plan.devices}": (plan.devices, False), f"fsdp2 x {plan.devices}": (plan.devices, True)}
+    estimates = {name: estimate(*way) for name, way in ways.items()}
+    show(this.console, memory_table(estimates, shape.rows, shape.length))
+    chosen = list(estimates.values())[-1 if plan.sharded else 0]
+    here = device_gib(module.device) if not plan.accelerated or module.device.type == "cuda" else None
+    available = plan.device_memory_gib or here
+    if available is not None and chosen.step * MARGIN > available * GIB:
+        this.findings.append(
+            f"memory: {chosen.step / GIB:,.1f} GiB of a device's {available:,.1f}: shorten "
+            "data.per_device_batch_size, set model.gradient_checkpointing, or shard with trainer.strategy fsdp2"
+        )
+
+
+def device_gib(device: torch.device) -> float:
+    """Memory of a device; of a CPU that of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / GIB
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+
+
+def _time(this: Check, teacher: Any, student: Any, row_s: float | None, horizon: int) -> None:
+    """What a step costs: measured on one row where there is one, else operations at the rate of a device."""
+    data, module, plan = this.datamodule, this.module, this.plan
+    rows = data.per_device_batch_size * this.trainer.accumulate_grad_batches
+    tokens = rows * data.sequence_length
+    passes = 4 if module.gradient_checkpointing else 3  # forward, and twice that backward
+    flops = forward_flops(teacher, tokens, data.sequence_length)
+    flops += passes * forward_flops(student, tokens, data.sequence_length)
+    text = f"Time: {tokens:,} tokens and {flops / 1e12:,.2f} x 10^12 operations a step and device, "
+    if row_s is not None and plan.tflops is None:
+        step_s = row_s * rows
+        text += f"about {step_s:,.1f} s (one row took {row_s:.2f} s forward and backward)"
+    else:
+        tflops = plan.tflops or matmul_tflops(module.device)
+        step_s = flops / (tflops * 1e12)
+        text += f"{step_s:,.2f} s at {tflops:,.2f} x 10^12 a second"
+        text += "" if plan.tflops else ", which is this machine's matrix product; --tflops says what yours reaches"
+    total_s = step_s * horizon
+    unit, size = next((pair for pair in (("h", 3600), ("min", 60)) if total_s >= 2 * pair[1]), ("s", 1))
+    shown = f"{total_s / size:,.1f} {unit}"
+    this.console.print(f"\n{text}; {horizon:,} steps: {shown} without validation.", soft_wrap=True, markup=False)
+    train = getattr(data, "train_rows", None)
+    if train is not None:
+        epochs = horizon * rows * plan.devices / len(train)
+        this.console.print(
+            f"Data: {len(train):,} training rows, {train.units_R['tokens'].sum() / len(train):,.0f} targets in a row "
+            f"of {data.sequence_length}; the run reads them {epochs:,.2f} times.",
+            soft_wrap=True,
+        )
+
+
+def matmul_tflops(device: torch.device, size: int = 1024) -> float:
+    """10^12 operations per second of a fp32 matrix product."""
+    square = torch.ones(size, size, device=device)
+    square @ square
+    start = time.perf_counter()
+    (square @ square).sum().item()
+    return 2 * size**3 / (time.perf_counter() - start) / 1e12

@@ -1,0 +1,191 @@
+"""What a forward and a backward pass keep alive, counted before anything is run.
+
+Models are built on the meta device and run on tensors that have shapes and no storage; every storage is counted from
+its birth to its end. The price: a second or two, attention is taken to be torch's fused one on a CPU, and nothing is
+known of allocators.
+
+Shapes: B rows, L positions, D width.
+"""
+
+import copy
+import weakref
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from distill.cut import cut_layers
+from distill.errors import UserError
+
+TRACED_TEACHER_LAYERS = 4  # without gradients the peak does not grow with depth
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a device sees at a time.
+
+    Args:
+        rows: B.
+        length: L.
+        autocast: dtype of matrix products where it is not the weights', else None.
+        on_cpu: whether the device is a CPU, which has smaller chunks of logits.
+        chunk_size: tokens whose logits exist at one time; None = the engine's budget.
+        packed: whether rows hold several documents, which needs an attention mask.
+        checkpointing: whether the student's activations are recomputed.
+    """
+
+    rows: int
+    length: int
+    autocast: torch.dtype | None = None
+    on_cpu: bool = True
+    chunk_size: int | None = None
+    packed: bool = False
+    checkpointing: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.rows * self.length
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages that exist, from the operators that make them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: dict[int, Any] = {}
+
+    def count(self, tensor: Tensor) -> None:
+        """Takes a storage into account until it is gone."""
+        storage = tensor.untyped_storage()
+        key, size = id(storage), storage.nbytes()
+        if key not in self._known:
+            self._known[key] = weakref.finalize(storage, self._gone, key, size)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+
+    def _gone(self, key: int, size: int) -> None:
+        del self._known[key]
+        self.now -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor):
+                self.count(leaf)
+        return output
+
+
+def skeleton(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model without memory.
+
+    Args:
+        config: of a causal language model; left alone.
+        dtype: of the weights.
+        trust_remote_code: run model code that comes with the configuration.
+    """
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    return model
+
+
+def trace_student(student: PreTrainedModel, shape: Shape) -> tuple[int, int]:
+    """What a forward pass keeps and a backward pass needs at its peak.
+
+    Args:
+        student: without memory, in train mode.
+        shape: of a micro-batch.
+
+    Returns:
+        Bytes of activations after the forward pass; bytes at the peak of the backward pass, the new gradients and that
+        of the head included. Neither counts the weights.
+    """
+    model, factor = _traceable(student)
+    model.train()
+    if shape.checkpointing:
+        model.activation_checkpointing_enable()
+    mode = FakeTensorMode()
+    parameters = _without_storage(model, mode)
+    with mode, LiveBytes() as live:
+        for tensor in parameters:
+            live.count(tensor)
+        start = live.now
+        with _autocast(shape):
+            hidden_BLD = _decode(model, shape)
+        kept = live.now - start
+        head = model.get_output_embeddings().weight
+        head_gradient = torch.zeros_like(head, dtype=torch.float32)
+        gradient_BLD = torch.zeros_like(hidden_BLD)
+        live.peak = live.now
+        torch.autograd.backward([hidden_BLD, head], [gradient_BLD, head_gradient.to(head.dtype)])
+        peak = live.peak - start
+    return round(kept * factor), round(peak * factor)
+
+
+def trace_teacher(teacher: PreTrainedModel, shape: Shape) -> int:
+    """Peak of a forward pass without gradients above the weights, in bytes.
+
+    Args:
+        teacher: without memory.
+        shape: of a micro-batch.
+    """
+    try:
+        few = min(TRACED_TEACHER_LAYERS, teacher.config.get_text_config(decoder=True).num_hidden_layers)
+        teacher = cut_layers(teacher, list(range(few)))
+    except UserError:  # a rhythm of layers that four of them do not have
+        pass
+    model, factor = _traceable(teacher)
+    mode = FakeTensorMode()
+    parameters = _without_storage(model.eval(), mode)
+    with torch.no_grad(), mode, LiveBytes() as live:
+        for tensor in parameters:
+            live.count(tensor)
+        start = live.now
+        _decode(model, shape)
+    return round((live.peak - start) * factor)
+
+
+def _autocast(shape: Shape) -> AbstractContextManager[Any]:
+    return torch.autocast("cpu", shape.autocast) if shape.autocast is not None else nullcontext()
+
+
+def _traceable(model: PreTrainedModel) -> tuple[PreTrainedModel, float]:
+    """A copy to trace, and what its bytes count: the shape rule of grouped experts knows bf16 alone."""
+    model = copy.deepcopy(model)
+    dtype = next(model.parameters()).dtype
+    if not any(".experts." in name for name, _ in model.named_parameters()) or dtype == torch.bfloat16:
+        return model, 1.0
+    nn.Module.to(model, torch.bfloat16)
+    return model, dtype.itemsize / 2
+
+
+def _without_storage(model: PreTrainedModel, mode: FakeTensorMode) -> list[Tensor]:
+    """Makes the tensors of a model on the meta device tensors of a CPU that have no storage, in place."""
+    replaced: dict[int, nn.Parameter] = {}
+    cpu = torch.device("cpu")
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in replaced:
+                    fake = FakeTensor(mode, parameter.detach(), cpu)
+                    replaced[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+                module._parameters[name] = replaced[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = FakeTensor(mode, buffer, cpu)
+    return list(replaced.values())
+
+
+def _decode(model: PreTrainedModel, shape: Shape) -> Tensor:
+    ids_BL = torch.zeros(shape.rows, shape.length, dtype=torch.long)
+    hidden_BLD: Tensor = model.get_decoder()(input_ids=ids_BL, use_cache=False).last_hidden_state
+    return hidden_BLD

@@ -1,0 +1,193 @@
+"""What can be seen to be wrong before the first step: pure checks of tokenizer, batch, teacher and curriculum.
+
+Each returns sentences that name what is suspicious and why; none means that nothing was found. A healthy run must pass
+in silence, so the price is that only gross faults are named: a teacher that is worse than counting tokens, ids without
+logits, labels that are not the next token.
+
+Shapes: B rows, L positions, V ids.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill.curriculum import Schedule, value_at
+
+IGNORE = -100
+BARS = " ▁▂▃▄▅▆▇█"
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The ids of one side.
+
+    Args:
+        name: tokenizer, teacher or student.
+        size: ids that it knows; of a model the rows of its head, padding included.
+        special: `bos_token_id`, `eos_token_id` and `pad_token_id` as its configuration says, None where it does not.
+    """
+
+    name: str
+    size: int
+    special: Mapping[str, Any]
+
+    def ids(self, key: str) -> list[int]:
+        """A special token's ids; some configurations list several ends."""
+        value = self.special.get(key)
+        return [] if value is None else list(value) if isinstance(value, list | tuple) else [int(value)]
+
+
+def special_ids(owner: Any) -> dict[str, Any]:
+    """The special ids that a tokenizer or a configuration names."""
+    return {key: getattr(owner, key, None) for key in SPECIAL}
+
+
+def vocabulary_findings(tokenizer: Vocabulary, models: Sequence[Vocabulary]) -> list[str]:
+    """What does not fit between the ids of the text and those of the models."""
+    found = []
+    for model in models:
+        if model.size < tokenizer.size:
+            found.append(
+                f"{model.name}: its head has {model.size:,} ids and the tokenizer {tokenizer.size:,}: they do not "
+                "belong together"
+            )
+        for key in SPECIAL[:2]:  # which id pads does not matter, padding is masked
+            own, theirs = tokenizer.ids(key), model.ids(key)
+            if own and theirs and not set(own) & set(theirs):
+                found.append(
+                    f"{model.name}: {key} is {theirs[0]} in its configuration and {own[0]} in the tokenizer: a student "
+                    "that is exported would not know where a text begins or ends"
+                )
+    if not tokenizer.ids("eos_token_id"):
+        found.append("tokenizer: it has no end-of-sequence id, so the student never learns to stop")
+    return found
+
+
+def batch_findings(batch: Mapping[str, Any], vocab_size: int) -> list[str]:
+    """Whether labels, masks and positions of a batch say what the losses take them to say.
+
+    Args:
+        batch: what the datamodule's collate returns, on any device.
+        vocab_size: ids of the smaller head.
+    """
+    ids_BL, labels_BL, mask_BL = (batch[name].cpu() for name in ("input_ids", "labels", "attention_mask"))
+    starts_BL = (batch["position_ids"].cpu() == 0) & (mask_BL == 1)
+    target_BL = labels_BL != IGNORE
+    found = []
+    if bool((labels_BL[target_BL] != ids_BL[target_BL]).any()):
+        found.append(
+            "labels: some differ from the token at their own position: the losses shift them by one themselves"
+        )
+    if bool((target_BL & starts_BL).any()):
+        found.append("labels: a document's first token has a label, which only the document before it could predict")
+    if bool((target_BL & (mask_BL == 0)).any()):
+        found.append("labels: padding has labels")
+    valid = (target_BL[:, 1:]).nonzero()
+    expected = (valid[:, 0] * ids_BL.shape[1] + valid[:, 1]).tolist()
+    if batch["positions"].cpu().tolist() != expected:
+        found.append("positions: they are not those whose next token has a label")
+    if not expected:
+        found.append("labels: no position has one, nothing would be learnt from this batch")
+    highest = int(ids_BL.max())
+    if highest >= vocab_size:
+        found.append(f"tokens: id {highest} occurs, but a model has only {vocab_size:,} ids")
+    return found
+
+
+def alignment_rows(batch: Mapping[str, Any], tokenizer: Any, limit: int = 12) -> list[tuple[str, ...]]:
+    """The first row of a batch, token by token, and where a document begins later in it.
+
+    Returns:
+        Rows of position, token, token to predict (empty = none), whether it counts, document and place within it.
+    """
+    ids_L, labels_L, mask_L, places_L = (
+        batch[name][0].tolist() for name in ("input_ids", "labels", "attention_mask", "position_ids")
+    )
+    valid = {int(position) for position in batch["positions"].tolist() if position < len(ids_L)}
+    document_L = np.cumsum([place == 0 for place in places_L]).tolist()
+    shown = list(range(min(limit, len(ids_L))))
+    later = [t for t in range(limit, len(ids_L)) if places_L[t] == 0][:1]
+    shown += [t for start in later for t in range(start - 2, min(start + 3, len(ids_L))) if t >= limit]
+    rows: list[tuple[str, ...]] = []
+    for t in shown:
+        predicted = labels_L[t + 1] if t + 1 < len(ids_L) and labels_L[t + 1] != IGNORE else None
+        rows.append(
+            (
+                str(t),
+                f"{ids_L[t]} {tokenizer.decode([ids_L[t]])!r}",
+                "" if predicted is None else f"{predicted} {tokenizer.decode([predicted])!r}",
+                "yes" if t in valid else "no",
+                f"{document_L[t]}:{places_L[t]}" if mask_L[t] else "padding",
+            )
+        )
+    return rows
+
+
+def unigram_nll(counted: Tensor, predicted: Tensor, vocab_size: int) -> float:
+    """Nats per token of predicting each token by how often it occurs in other text, with one more count for each id.
+
+    Args:
+        counted: ids of the other text, one axis.
+        predicted: ids to predict, one axis.
+        vocab_size: V.
+    """
+    counts_V = torch.bincount(counted, minlength=vocab_size).double() + 1
+    return float(-(counts_V / counts_V.sum()).log()[predicted].mean())
+
+
+def teacher_findings(teacher_nll: float, unigram: float, vocab_size: int) -> list[str]:
+    """Whether the teacher knows anything about this text.
+
+    Args:
+        teacher_nll: nats per token on validation text.
+        unigram: nats per token of `unigram_nll` on the same tokens.
+        vocab_size: V, to which an untrained model's perplexity is close.
+    """
+    if not math.isfinite(teacher_nll):
+        return [
+            f"teacher: its negative log-likelihood on the data is {teacher_nll}: its weights or precision are broken"
+        ]
+    if teacher_nll <= unigram:
+        return []
+    perplexity, counting = math.exp(min(teacher_nll, 700)), math.exp(unigram)
+    cause = (
+        "ids mean other tokens to it, or its weights are random"
+        if perplexity > vocab_size / 4
+        else "a chat template or a start token that it expects may be missing, or the text is of another kind"
+    )
+    return [
+        f"teacher: its perplexity on the data is {perplexity:,.1f}, worse than counting tokens ({counting:,.1f}): "
+        f"{cause}"
+    ]
+
+
+def schedule_findings(warmup_steps: int, horizon: int, learning_rate: float) -> list[str]:
+    """Whether the learning rate gets anywhere."""
+    found = []
+    if warmup_steps >= horizon:
+        found.append(f"model.warmup_steps: {warmup_steps} outlasts the run of {horizon} optimizer steps")
+    if learning_rate > 0.05:
+        found.append(f"model.learning_rate: {learning_rate} is far above what AdamW bears")
+    return found
+
+
+def knots_of(schedules: Iterable[Schedule | None]) -> list[float]:
+    """Progress at which any schedule bends, with start and end, ascending."""
+    places = {0.0, 1.0}
+    for schedule in schedules:
+        if isinstance(schedule, list):
+            places |= {float(knot[0]) for knot in schedule}
+    return sorted(places)
+
+
+def sparkline(schedule: Schedule, width: int = 20) -> str:
+    """A schedule drawn in one line of `width` characters; empty ones are zero, full ones its highest value."""
+    values = [value_at(schedule, i / (width - 1)) for i in range(width)]
+    highest, top = max(*values, 1e-12), len(BARS) - 1
+    return "".join(BARS[max(1, round(v / highest * top)) if v > 0 else 0] for v in values)
