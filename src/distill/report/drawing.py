@@ -9,7 +9,7 @@ import io
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -22,7 +22,7 @@ LEFT, RIGHT, TOP, BOTTOM = 50, 10, 8, 36
 COLOURS = 9
 DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.5, 1.5))
 INK, GRID, PAPER = "#fd0001", "#fd0002", "#fd0003"
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "distill",
     "font.size": 11,
@@ -45,7 +45,7 @@ class Line:
         y: `[N]`; what is not finite is a gap.
         colour: 0 to 8, None = the ink of a reference.
         dash: 0 to 2.
-        kind: `reference` is thin and dashed (a teacher, a plan); `points` has no line.
+        kind: `reference` is thin and dashed, and across the whole chart where it is constant; `points` has no line.
         silent: neither in the legend nor in the table.
     """
 
@@ -67,8 +67,10 @@ class Chart:
         unit: of the vertical axis.
         lines: the series, in the order of the legend.
         x_label: of the horizontal axis.
-        stacked: areas on top of each other instead of lines; all lines have the same x. References stay lines.
+        stacked: `areas` or `bars` on top of each other instead of lines; all lines have the same x. References stay
+            lines.
         logarithmic: a logarithmic vertical axis where the values span more than a factor of 30.
+        from_zero: the vertical axis starts at 0.
         limits: of the vertical axis, where they are fixed.
         note: a sentence under the chart.
     """
@@ -77,7 +79,8 @@ class Chart:
     unit: str
     lines: list[Line]
     x_label: str = "step"
-    stacked: bool = False
+    stacked: Literal["areas", "bars"] | None = None
+    from_zero: bool = False
     logarithmic: bool = False
     limits: tuple[float, float] | None = None
     note: str = ""
@@ -99,8 +102,8 @@ def placeholder(colour: int | None) -> str:
     return INK if colour is None else f"#fe00{colour:02x}"
 
 
-def draw(chart: Chart, identity: str) -> Drawing:
-    """The chart as an SVG element whose ids start with `identity`."""
+def draw(chart: Chart, identity: str, last_step: float) -> Drawing:
+    """The chart as an SVG element whose ids start with `identity`; steps go from 0 to `last_step` on all charts."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))  # an SVG unit is 1/72 inch: here it is a CSS pixel
         axes = figure.add_axes((LEFT / WIDTH, BOTTOM / HEIGHT, 1 - (LEFT + RIGHT) / WIDTH, 1 - (TOP + BOTTOM) / HEIGHT))
@@ -121,10 +124,10 @@ def draw(chart: Chart, identity: str) -> Drawing:
                 notes.append(f"{hidden} value{'s' * (hidden > 1)} at or below 0 have no place on this axis.")
         areas = [line for line in chart.lines if line.kind != "reference"] if chart.stacked else []
         if areas:
-            stack(axes, areas)
+            stack(axes, areas, bar=0.02 * last_step if chart.stacked == "bars" else 0.0)
         for index, line in enumerate(line for line in chart.lines if line not in areas):
-            trace(axes, line, marker=max(3.0, 8.0 - index) if line.kind == "points" else 5.0)
-        dress(axes, chart, logarithmic)
+            trace(axes, line, marker=max(3.0, 6.5 - index) if line.kind == "points" else 5.0)
+        dress(axes, chart, logarithmic, 100.0 if chart.x_label == "progress" else last_step)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     low, high = axes.get_xlim()
@@ -134,14 +137,17 @@ def draw(chart: Chart, identity: str) -> Drawing:
 def trace(axes: Axes, line: Line, marker: float) -> None:
     """Draws one line; a series of a few points shows where they are, as dots `marker` pixels wide."""
     colour = placeholder(line.colour)
-    y = np.where(np.isfinite(line.y), line.y, np.nan)
-    if line.kind == "reference":
-        axes.plot(line.x, y, color=colour, linewidth=1.2, linestyle=(0, (4, 3)), zorder=2)
+    x, y = envelope(line.x, np.where(np.isfinite(line.y), line.y, np.nan))
+    if line.kind == "reference" and np.ptp(y) == 0:
+        axes.axhline(y[0], color=colour, linewidth=1.2, linestyle=(0, (4, 3)), zorder=2)
         return
-    marked = line.kind != "line" or (len(line.x) <= 15 and not line.silent)
+    if line.kind == "reference":
+        axes.plot(x, y, color=colour, linewidth=1.2, linestyle=(0, (4, 3)), zorder=2)
+        return
+    marked = len(x) <= 60 and (line.kind != "line" or (len(x) <= 15 and not line.silent))
     dashes = DASHES[line.dash]
     axes.plot(
-        line.x,
+        x,
         y,
         color=colour,
         linewidth=0 if line.kind == "points" else 1.6,
@@ -153,34 +159,47 @@ def trace(axes: Axes, line: Line, marker: float) -> None:
     )
 
 
-def stack(axes: Axes, areas: list[Line]) -> None:
-    """Draws the lines as areas on top of each other, the first one at the bottom."""
-    heights = np.nan_to_num(np.stack([area.y for area in areas]), nan=0.0, posinf=0.0, neginf=0.0)
+def envelope(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A long series as the lowest and highest value of each stretch, two points a pixel: it looks the same."""
+    if len(x) <= 4 * WIDTH:
+        return x, y
+    chosen = []
+    for stretch in np.array_split(np.arange(len(x)), WIDTH):
+        known = stretch[np.isfinite(y[stretch])]
+        chosen += sorted({known[y[known].argmin()], known[y[known].argmax()]}) if len(known) else [stretch[0]]
+    return x[chosen], y[chosen]
+
+
+def stack(axes: Axes, areas: list[Line], bar: float) -> None:
+    """Draws the lines on top of each other, the first one at the bottom, as areas or as bars `bar` steps wide."""
+    some = np.unique(np.linspace(0, len(areas[0].x) - 1, WIDTH).round().astype(int))
+    heights = np.nan_to_num(np.stack([area.y[some] for area in areas]), nan=0.0, posinf=0.0, neginf=0.0)
     tops = heights.cumsum(0)
+    x = areas[0].x[some]
     for area, top, height in zip(areas, tops, heights, strict=True):
         colour = placeholder(area.colour)
-        axes.fill_between(area.x, top - height, top, facecolor=colour, linewidth=0, alpha=0.8, zorder=2)
-        axes.plot(area.x, top, color=PAPER, linewidth=0.8, zorder=3)
+        if bar:
+            axes.bar(x, height, bar, top - height, color=colour, edgecolor=PAPER, linewidth=0.5, alpha=0.8, zorder=2)
+        else:
+            axes.fill_between(x, top - height, top, facecolor=colour, linewidth=0, alpha=0.8, zorder=2)
+            axes.plot(x, top, color=PAPER, linewidth=0.8, zorder=3)
 
 
-def dress(axes: Axes, chart: Chart, logarithmic: bool) -> None:
-    """Quiet axes: horizontal grid, few ticks, room for one point."""
+def dress(axes: Axes, chart: Chart, logarithmic: bool, end: float) -> None:
+    """Quiet axes: horizontal grid, few ticks, 0 to `end` along the horizontal one."""
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_linewidth(1)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, pad=5)
     axes.set_xlabel(chart.x_label, loc="right", labelpad=1)
-    xs = np.concatenate([line.x for line in chart.lines])
-    low, high = float(xs.min()), float(xs.max())
-    pad = 0.02 * (high - low) or 0.5
-    axes.set_xlim(low - pad, high + pad)
+    axes.set_xlim(-0.03 * end, 1.03 * end)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     percent = chart.x_label == "progress"
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}%" if percent else compact(x)))
     if chart.limits is not None:
         axes.set_ylim(*chart.limits)
-    elif chart.stacked:
+    elif (chart.stacked or chart.from_zero) and not logarithmic:
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     if logarithmic:
         axes.yaxis.set_major_locator(LogLocator(numticks=5))

@@ -45,24 +45,25 @@ def render(runs: list[Run]) -> str:
     """The page of these runs, the first one first."""
     template = environment().from_string(asset("page.html"))
     numbers = count()
+    last_step = max((float(series.steps[-1]) for run in runs for series in run.series.values()), default=1.0) or 1.0
 
     def figure(chart: Chart) -> Figure:
-        return make_figure(chart, f"c{next(numbers)}")
+        return make_figure(chart, f"c{next(numbers)}", last_step)
 
     parts = [
         sections.weight_free(runs),
         sections.losses(runs),
         sections.optimisation(runs),
-        sections.speed(runs),
         sections.routing(runs),
     ]
     differences = tables.differences(runs)
+    caution = tables.caution(differences)
     return template.render(
         title=f"distill report: {', '.join(run.name for run in runs)}",
         runs=runs,
-        facts=[(run, facts(run)) for run in runs],
-        summary=tables.summary(runs),
-        caution=tables.caution(differences),
+        facts=facts_of(runs),
+        summary=tables.summary(runs, comparable=not caution),
+        caution=caution,
         differences=differences,
         outcome=sections.outcome(runs),
         sections=parts,
@@ -84,6 +85,14 @@ def asset(name: str) -> str:
     return files("distill.report").joinpath(name).read_text(encoding="utf-8")
 
 
+def facts_of(runs: list[Run]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """`(run's name, its facts)`: first without a name those that all share, then what sets each run apart."""
+    told = [facts(run) for run in runs]
+    shared = [fact for fact in told[0] if all(fact in own for own in told)]
+    rows = [(run.name, [fact for fact in own if fact not in shared]) for run, own in zip(runs, told, strict=True)]
+    return [row for row in [("", shared), *rows] if row[1]]
+
+
 def facts(run: Run) -> list[tuple[str, str]]:
     """What one wants to know of a run before its figures."""
     student = run.setting("model.student") or run.setting("model.student_layers") or run.setting("model.student_config")
@@ -100,17 +109,17 @@ def facts(run: Run) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in known.items() if value is not None]
 
 
-def make_figure(chart: Chart, identity: str) -> Figure:
+def make_figure(chart: Chart, identity: str, last_step: float) -> Figure:
     """Draws a chart and writes down what its legend, table and label say."""
     headings, rows = tables.chart_table(chart)
     shown = [line for line in chart.lines if not line.silent]
     legend = []
     for line in shown:
         colour = "var(--soft)" if line.colour is None else f"var(--s{line.colour})"
-        kind = "area" if chart.stacked and line.kind != "reference" else line.kind
+        kind: str = "area" if chart.stacked and line.kind != "reference" else line.kind
         kind = f"{kind} dash{line.dash}" if line.dash else kind
         legend.append(Key(line.label, colour, kind, tables.number(float(line.y[-1]))))
     spans = [
         f"{line.label} from {tables.number(float(line.y[0]))} to {tables.number(float(line.y[-1]))}" for line in shown
     ]
-    return Figure(identity, chart, draw(chart, identity), legend, headings, rows, "; ".join(spans))
+    return Figure(identity, chart, draw(chart, identity, last_step), legend, headings, rows, "; ".join(spans))

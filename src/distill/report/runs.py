@@ -8,7 +8,6 @@ Nothing heavy is imported, so that a report of a finished run takes seconds; the
 import csv
 import io
 import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from distill import training_log
 from distill.errors import UserError
 
 # The order of `distill.breakdown.WEIGHT_KEY`, which would import torch.
@@ -30,9 +30,6 @@ COMPONENTS = (
     "layerwise_loss",
     "contrastive_loss",
 )
-HEADING = re.compile(r"\[(CURRICULUM|KD LOSS|ROUTING LOSSES|Eval)\] Step (\d+)(?:, Progress ([\d.]+)%|, loss: (\S+))?")
-EVALUATED = re.compile(r"    (\w+): raw (\S+), weight \S+, scaled (\S+)")
-NUMBER = r"(-?\d+\.\d+|-?inf|nan)"
 
 
 @dataclass(frozen=True)
@@ -101,10 +98,12 @@ def read_runs(folders: list[Path]) -> list[Run]:
             raise UserError(f"RUN: {given} is no folder: give a run's, such as lightning_logs/version_0")
         if paths.count(path) > 1:
             raise UserError(f"RUN: {given} is given twice: name each run once")
+    # The folder that every run's logger makes tells nothing.
+    parts = [[part for part in path.parts if part != "lightning_logs"] or [path.name] for path in paths]
     depth = 1
-    while len({path.parts[-depth:] for path in paths}) < len(paths):
+    while len({tuple(own[-depth:]) for own in parts}) < len(paths) and depth < max(map(len, parts)):
         depth += 1
-    return [read_run(path, "/".join(path.parts[-depth:])) for path in paths]
+    return [read_run(path, "/".join(own[-depth:])) for path, own in zip(paths, parts, strict=True)]
 
 
 def read_run(folder: Path, name: str) -> Run:
@@ -142,7 +141,10 @@ def read_run(folder: Path, name: str) -> Run:
     for metric, found in log_series.items():
         if not metric.startswith("curriculum/") or metric in weights or not weights:
             series[metric] = merge(series.get(metric), found)
-    return Run(name, folder, series, config, text, environment, horizon_of(config, progress), absent)
+    horizon = horizon_of(config, progress)
+    if horizon is not None and any(found.steps[-1] >= horizon for found in series.values()):
+        horizon = None  # this configuration is not the one that the run had
+    return Run(name, folder, series, config, text, environment, horizon, absent)
 
 
 def read_metrics(text: str) -> dict[str, Series]:
@@ -152,20 +154,22 @@ def read_metrics(text: str) -> dict[str, Series]:
     if "step" not in header:
         return {}
     place = header.index("step")
-    columns: list[tuple[list[int], list[float]]] = [([], []) for _ in header]
-    for row in rows:
-        if len(row) != len(header) or not row[place].isdigit():
-            continue
-        step = int(row[place])
-        for (steps, values), cell in zip(columns, row, strict=True):
-            if cell:
-                try:
-                    values.append(float(cell))
-                except ValueError:
-                    continue
-                steps.append(step)
-    named = zip(header, columns, strict=True)
-    return {name: make_series(*column) for name, column in named if column[0] and name not in ("step", "epoch")}
+    kept = [row for row in rows if len(row) == len(header) and row[place].isdigit()]
+    series: dict[str, Series] = {}
+    for name, column in zip(header, zip(*kept, strict=True), strict=False):
+        filled = [i for i, cell in enumerate(column) if cell]
+        if filled and name not in ("step", "epoch"):
+            steps = [int(kept[i][place]) for i in filled]
+            series[name] = make_series(steps, [number(column[i]) for i in filled])
+    return series
+
+
+def number(cell: str) -> float:
+    """A cell's value; nan where it is none."""
+    try:
+        return float(cell)
+    except ValueError:
+        return math.nan
 
 
 def make_series(steps: list[int], values: list[float]) -> Series:
@@ -192,33 +196,25 @@ def read_log(text: str) -> tuple[dict[str, Series], list[tuple[int, float]]]:
     points: dict[str, tuple[list[int], list[float]]] = {}
     progress: list[tuple[int, float]] = []
 
-    def add(metric: str, step: int, value: str) -> None:
-        steps, values = points.setdefault(metric, ([], []))
-        steps.append(step)
-        values.append(float(value))
+    def add(metric: str, step: int, figure: training_log.Figure | None) -> None:
+        if figure is not None and not math.isnan(figure.value):  # nan: not measured
+            steps, values = points.setdefault(metric, ([], []))
+            steps.append(step)
+            values.append(figure.value)
 
-    kind, step, routed = "", 0, ""
-    for line in text.splitlines():
-        if heading := HEADING.match(line):
-            kind, step = heading[1], int(heading[2])
-            if heading[3]:
-                progress.append((step, float(heading[3]) / 100))
-            if heading[4] and re.fullmatch(NUMBER, heading[4]):
-                add("val/loss", step, heading[4])
-        elif line.startswith("["):
-            kind = ""
-        elif kind == "CURRICULUM" and (row := re.fullmatch(rf"    (\w+): {NUMBER}", line)):
-            add(f"curriculum/{row[1]}", step, row[2])
-        elif kind == "KD LOSS" and (row := re.fullmatch(rf"  Raw KD loss: {NUMBER}", line)):
-            add("train/kd_loss", step, row[1])
-        elif kind == "ROUTING LOSSES" and (row := re.fullmatch(r"  (\w+):", line)):
-            routed = row[1]
-        elif kind == "ROUTING LOSSES" and (row := re.fullmatch(rf"    Raw: {NUMBER}", line)):
-            add(f"train/routing_{routed}", step, row[1])
-        elif kind == "Eval" and (row := EVALUATED.fullmatch(line)):
-            add(f"val/{row[1]}_scaled", step, row[3])
-            if row[2] != "nan":
-                add(f"val/{row[1]}", step, row[2])
+    for block in training_log.read(text).of("CURRICULUM", "KD LOSS", "ROUTING LOSSES", "Eval"):
+        if block.step is None:
+            continue
+        if block.progress is not None:
+            progress.append((block.step, block.progress))
+        stage = "val" if block.kind == "Eval" else "train"
+        add("val/loss", block.step, block.figures.pop("loss", None))
+        for key, figure in block.figures.items():
+            add(f"curriculum/{key}", block.step, figure)
+        for name, parts in block.components.items():
+            add(f"{stage}/{name}", block.step, parts.raw)
+            if stage == "val":
+                add(f"val/{name}_scaled", block.step, parts.scaled)
     return {metric: make_series(*column) for metric, column in points.items()}, progress
 
 

@@ -2,16 +2,18 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 
 from distill.curriculum import value_at
 from distill.report.drawing import COLOURS, Chart, Line
-from distill.report.runs import COMPONENTS, Run, Series
+from distill.report.runs import COMPONENTS, Run
 
 COLOUR = {name: index for index, name in enumerate(COMPONENTS)}
 KEY_COLOUR = {"kd": 0, "lm": 1, "feature": 2, "attention": 5, "layerwise": 7, "contrastive": 8}
+ROUTING = {"gate_entropy": ("Entropy of the gates", "nats"), "mean_gap": ("Gap to the experts", "mean squared error")}
 MEMORY = re.compile(r"memory|allocated_bytes\.all\.peak|/rss", re.IGNORECASE)
 
 
@@ -62,17 +64,20 @@ def overlay(
 
 
 def with_teacher(runs: list[Run], chart: Chart | None, metric: str) -> Chart | None:
-    """The chart with the teacher's line, or with each run's where the teachers differ."""
+    """The chart with the teacher's line, or with several where the runs' teachers differ."""
     if chart is None:
         return None
-    found = [(run, run.series[metric]) for run in runs if metric in run.series]
-    if found and all(np.isclose(series.last, found[0][1].last, rtol=1e-6) for _, series in found):
-        steps = np.concatenate([line.x for line in chart.lines])
-        ends = np.array([steps.min(), steps.max()])
-        chart.lines.append(Line("teacher", ends, np.full(2, found[0][1].last), None, kind="reference"))
-    else:
-        for run, series in found:
-            chart.lines.append(Line(f"teacher of {run.name}", series.steps, series.values, None, kind="reference"))
+    steps = np.unique(np.concatenate([line.x for line in chart.lines]))
+    teachers: dict[str, list[str]] = {}  # of one value, its runs
+    values = {}
+    for run in runs:
+        if metric in run.series:
+            value = run.series[metric].last
+            teachers.setdefault(f"{value:.5g}", []).append(run.name)
+            values[f"{value:.5g}"] = value
+    for key, names in teachers.items():
+        label = "teacher" if len(teachers) == 1 else f"teacher of {', '.join(names)}"
+        chart.lines.append(Line(label, steps, np.full(len(steps), values[key]), None, kind="reference"))
     return chart
 
 
@@ -86,13 +91,24 @@ def outcome(runs: list[Run]) -> list[Chart]:
     perplexity = overlay(runs, "val/student_perplexity", "Perplexity", "on the validation set", logarithmic=True)
     return only(
         [
-            overlay(runs, "val/kl_div_T1", "KL to the teacher", "nats per token, T = 1")
+            overlay(runs, "val/kl_div_T1", "KL to the teacher", "nats per token, T = 1", from_zero=True)
             or overlay(runs, "val/bits_per_byte", "Bits per byte", "across tokenizers"),
             with_teacher(runs, perplexity, "val/teacher_perplexity"),
-            overlay(runs, "val/top1_agreement", "Top-1 agreement", "share of tokens"),
+            agreement(runs),
             train_and_validation(runs),
         ]
     )
+
+
+def agreement(runs: list[Run]) -> Chart | None:
+    """Agreement of the likeliest token, and of the teacher's five likeliest where that was logged."""
+    chart = overlay(runs, "val/top1_agreement", "Agreement", "share of tokens", from_zero=True)
+    five = overlay(runs, "val/top5_agreement", "", "")
+    if chart is not None and five is not None:
+        for line in five.lines:
+            label = f"{line.label}, top 5" if len(runs) > 1 else line.label
+            chart.lines.append(replace(line, label=label, dash=1))
+    return chart
 
 
 def train_and_validation(runs: list[Run]) -> Chart | None:
@@ -118,7 +134,7 @@ def weight_free(runs: list[Run]) -> Section:
         [
             with_teacher(runs, nll, "val/teacher_nll"),
             with_teacher(runs, entropy, "val/teacher_entropy"),
-            overlay(runs, "val/ece", "Calibration error", "15 equal bins"),
+            overlay(runs, "val/ece", "Calibration error", "15 equal bins", from_zero=True),
         ]
     )
     section = Section("metrics", "Other weight-free metrics", [Group("", charts)] if charts else [])
@@ -165,8 +181,8 @@ def curriculum(run: Run) -> Chart | None:
             places = sorted({0.0, 1.0, *(float(knot[0]) for knot in knots)})
             plan = np.array([value_at(schedule, place) for place in places])
             lines.append(Line(f"{key}, planned", 100 * np.array(places), plan, colour, dash, silent=True))
-        kind = "points" if len(series.steps) <= 60 else "line"
-        lines.append(Line(key, 100 * series.steps / horizon, series.values, colour, dash, kind))  # type: ignore[arg-type]
+        some = np.unique(np.linspace(0, len(series.steps) - 1, 30).round().astype(int))
+        lines.append(Line(key, 100 * series.steps[some] / horizon, series.values[some], colour, dash, kind="points"))
     note = "Lines: as configured; points: as logged." if any(line.silent for line in lines) else ""
     return Chart("Curriculum", "weight", lines, x_label="step" if horizon is None else "progress", note=note)
 
@@ -179,7 +195,7 @@ def targets(run: Run) -> Chart | None:
         for index, (name, series) in enumerate(found.items())
         if series is not None
     ]
-    return Chart("Temperature and experts", "curriculum", lines) if lines else None
+    return Chart("Temperature and experts", "curriculum", lines, from_zero=True) if lines else None
 
 
 def scaled(run: Run, stage: str, title: str) -> Chart | None:
@@ -198,7 +214,8 @@ def scaled(run: Run, stage: str, title: str) -> Chart | None:
     apart = apart[np.isfinite(apart)]
     lines.append(Line("total", total.steps, total.values, None, kind="reference"))
     note = f"The parts add up to the total within {apart.max():.0e}." if len(apart) else ""
-    return Chart(title, "raw x weight, stacked", lines, stacked=True, note=note)
+    stacked: Literal["areas", "bars"] = "areas" if stage == "train" else "bars"
+    return Chart(title, "raw x weight, stacked", lines, stacked=stacked, note=note)
 
 
 def components(run: Run, stage: str, title: str) -> Chart | None:
@@ -212,34 +229,35 @@ def components(run: Run, stage: str, title: str) -> Chart | None:
 
 
 def optimisation(runs: list[Run]) -> Section:
-    """Learning rate, gradient norm, and the gradients of the components."""
-    section = Section("optimisation", "Optimisation")
+    """Learning rate, gradients, throughput and memory: what all runs share first, then each run's components."""
+    section = Section("optimisation", "Optimisation, throughput and memory")
     rates = rate_chart(runs)
     norm = overlay(runs, "train/grad_norm", "Gradient norm", "before clipping", marked=False, logarithmic=True)
-    shared = only([rates, norm])
-    if rates is None:
-        section.absent.append(
-            "No learning rate was logged (train/lr, or lr-* of Lightning's LearningRateMonitor in trainer.callbacks)."
-        )
-    if norm is None:
-        section.absent.append("No gradient norm was logged (train/grad_norm).")
-    rows = []
+    pace = overlay(runs, "train/tokens_per_s", "Throughput", "tokens per second", marked=False, from_zero=True)
+    names = sorted({metric for run in runs for metric in run.series if MEMORY.search(metric)})
+    memory = [overlay(runs, metric, "Memory", metric, marked=False, from_zero=True) for metric in names]
+    groups = [Group("", only([rates, norm, pace, *memory]))]
     for run in runs:
-        charts = only(
-            [
-                gradients(run, "norm", "Gradient norm of each component", "scaled", logarithmic=True),
-                gradients(run, "cosine", "Gradient cosine of each component", "cosine", limits=(-1.05, 1.05)),
-            ]
-        )
-        if charts:
-            rows.append(Group(run.name, charts))
-    if not rows:
-        section.absent.append("No gradients of single components were logged (gradients/*_norm, gradients/*_cosine).")
-    if len(runs) == 1:
-        rows = [Group("", shared + [chart for row in rows for chart in row.charts])]
-    elif shared:
-        rows = [Group("", shared), *rows]
-    section.groups = [row for row in rows if row.charts]
+        layer = run.series.get("gradients/layer")
+        unit = "weighted" if layer is None else f"weighted, of layer {layer.last:g}"
+        pull = gradients(run, "norm", "Gradient norms of components", unit, logarithmic=True)
+        against = gradients(run, "cosine", "Gradient cosines of components", "with that of KD", limits=(-1.05, 1.05))
+        groups.append(Group(run.name, only([pull, against])))
+    if len(runs) == 1:  # one grid
+        groups = [Group("", [chart for group in groups for chart in group.charts])]
+    section.groups = [group for group in groups if group.charts]
+    for found, sentence in (
+        (rates, "No learning rate was logged (train/lr, or lr-* of Lightning's LearningRateMonitor)."),
+        (norm, "No gradient norm was logged (train/grad_norm)."),
+        (pace, "No throughput was logged (train/tokens_per_s)."),
+        (names, "No memory was logged (train/peak_memory_gib, or what DeviceStatsMonitor logs)."),
+        (
+            any(metric.startswith("gradients/") for run in runs for metric in run.series),
+            "No gradients of single components were logged: --gradients.every_n_steps 100 does.",
+        ),
+    ):
+        if not found:
+            section.absent.append(sentence)
     return section
 
 
@@ -270,21 +288,6 @@ def gradients(run: Run, figure: str, title: str, unit: str, **options: object) -
     return Chart(title, unit, lines, **options) if lines else None  # type: ignore[arg-type]
 
 
-def speed(runs: list[Run]) -> Section:
-    """Throughput and memory."""
-    section = Section("speed", "Throughput and memory")
-    charts = only([overlay(runs, "train/tokens_per_s", "Throughput", "tokens per second", marked=False)])
-    if not charts:
-        section.absent.append("No throughput was logged (train/tokens_per_s).")
-    memory = sorted({metric for run in runs for metric in run.series if MEMORY.search(metric)})
-    charts += only(overlay(runs, metric, "Memory", metric, marked=False) for metric in memory)
-    if not memory:
-        section.absent.append("No memory was logged (train/peak_memory_gib, or what DeviceStatsMonitor logs).")
-    if charts:
-        section.groups.append(Group("", charts))
-    return section
-
-
 def routing(runs: list[Run]) -> Section:
     """What the routing losses saw of the experts: a row of charts for each run."""
     section = Section("routing", "Expert usage")
@@ -299,8 +302,8 @@ def routing(runs: list[Run]) -> Section:
             ]
             experts = run.setting("model.routing.num_experts")
             if isinstance(experts, int):
-                ends = np.array([lines[0].x[0], lines[0].x[-1]])
-                lines.append(Line("even", ends, np.full(2, 1 / experts), None, kind="reference"))
+                even = np.full(len(lines[0].x), 1 / experts)
+                lines.append(Line("even", lines[0].x, even, None, kind="reference"))
             charts.append(Chart("Share of the most used expert", "of all choices", lines))
         constant, probe = (
             metrics.pop("routing/constant_gate_kl", None),
@@ -314,10 +317,9 @@ def routing(runs: list[Run]) -> Section:
             ]
             note = "The probe has learned to tell tokens apart only where it lies below the constant gate."
             charts.append(Chart("Gate probe", "nats per token", lines, note=note))
-        charts += [
-            Chart(metric.removeprefix("routing/"), "mean over layers", [Line(metric, series.steps, series.values, 6)])
-            for metric, series in metrics.items()
-        ]
+        for metric, series in metrics.items():
+            title, unit = ROUTING.get(metric.removeprefix("routing/"), (metric, "mean over layers"))
+            charts.append(Chart(title, unit, [Line(metric, series.steps, series.values, 6)]))
         if charts:
             section.groups.append(Group(run.name if len(runs) > 1 else "", charts))
         else:

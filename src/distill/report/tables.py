@@ -9,8 +9,11 @@ import numpy as np
 from distill.report.drawing import Chart
 from distill.report.runs import Run, flat
 
+NONE = "\N{EN DASH}"  # in place of a figure that is not there
 POINTS = 100  # rows of a chart's table for each series
-COMPARABLE = ("model.teacher", "data.")  # where these differ, so do the validation sets or the targets
+# Where runs differ in these, they differ in teacher or validation set; of `data.` all but the last two.
+COMPARABLE = ("model.teacher", "data.")
+INCIDENTAL = ("data.per_device_batch_size", "data.num_workers")
 
 
 @dataclass
@@ -73,6 +76,7 @@ SUMMARY: tuple[tuple[str, str, Callable[[Run], float | None], int, bool], ...] =
     ("KL to the teacher", "val/kl_div_T1", last("val/kl_div_T1"), -1, False),
     ("lowest", "of all validations", lowest_kl, -1, True),
     ("Top-1 agreement", "val/top1_agreement", last("val/top1_agreement"), 1, False),
+    ("top-5", "val/top5_agreement", last("val/top5_agreement"), 1, True),
     ("Student perplexity", "val/student_perplexity", last("val/student_perplexity"), -1, False),
     ("teacher's", "val/teacher_perplexity", last("val/teacher_perplexity"), 0, True),
     ("student / teacher", "ratio", quotient("val/student_perplexity", "val/teacher_perplexity"), -1, True),
@@ -85,16 +89,16 @@ SUMMARY: tuple[tuple[str, str, Callable[[Run], float | None], int, bool], ...] =
 )
 
 
-def summary(runs: list[Run]) -> list[Row]:
-    """The figures that people compare, rows that no run has left out."""
+def summary(runs: list[Run], comparable: bool) -> list[Row]:
+    """The figures that people compare, rows that no run has left out; the best of a row only where runs compare."""
     rows = [Row("Steps", "done / planned", [Cell(steps(run)) for run in runs])]
     for label, metric, read, sign, minor in SUMMARY:
         values = [read(run) for run in runs]
         known = [value for value in values if value is not None and math.isfinite(value)]
         if not any(value is not None for value in values):
             continue
-        best = (max(known) if sign > 0 else min(known)) if sign and len(known) > 1 and len(set(known)) > 1 else None
-        cells = [Cell("–" if value is None else number(value), best is not None and value == best) for value in values]
+        best = (max if sign > 0 else min)(known) if comparable and sign and len(set(known)) > 1 else None
+        cells = [Cell(NONE if value is None else number(value), best is not None and value == best) for value in values]
         rows.append(Row(label, metric, cells, minor))
     return rows
 
@@ -109,14 +113,14 @@ def differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
     """Configuration keys in which runs differ, with each one's value; empty for a single run."""
     configs = [flat(run.config) for run in runs]
     keys = dict.fromkeys(key for config in configs for key in config)
-    rows = [(key, [str(config.get(key, "–")) for config in configs]) for key in keys]
+    rows = [(key, [str(config.get(key, NONE)) for config in configs]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
 def caution(rows: list[tuple[str, list[str]]]) -> str:
     """A sentence where the runs' figures are not of the same teacher or data."""
-    keys = [key for key, _ in rows if key.startswith(COMPARABLE)]
-    return f"These runs differ in {', '.join(keys)}: compare their figures with care." if keys else ""
+    keys = [key for key, _ in rows if key.startswith(COMPARABLE) and key not in INCIDENTAL]
+    return f"These runs differ in {', '.join(keys)}: their figures do not compare." if keys else ""
 
 
 def chart_table(chart: Chart) -> tuple[list[str], list[tuple[float, list[str]]]]:
