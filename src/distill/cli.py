@@ -37,7 +37,7 @@ def main() -> None:
         print(usage())
         return
 
-    from distill.errors import AuditError, UserError
+    from distill.errors import RunError, UserError
 
     try:
         if arguments[0] in COMMANDS:
@@ -46,7 +46,7 @@ def main() -> None:
         from distill.program import run
 
         run()
-    except (UserError, AuditError) as error:
+    except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
 

@@ -1,4 +1,4 @@
-"""Two exceptions that the command line prints as a sentence, without a traceback: bad input, and a broken promise."""
+"""Exceptions that the command line prints as a sentence, without a traceback: bad input, and what stops a run."""
 
 import difflib
 from collections.abc import Iterable
@@ -8,7 +8,11 @@ class UserError(ValueError):
     """Bad input, told in one sentence that names the key, the value and the remedy."""
 
 
-class AuditError(RuntimeError):
+class RunError(RuntimeError):
+    """A run can't go on for a reason outside its configuration, told in one sentence; exit code 1."""
+
+
+class AuditError(RunError):
     """A number does not reconcile or is not finite; the message names the component, the step and the rule."""
 
 

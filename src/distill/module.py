@@ -134,6 +134,8 @@ class DistillationModule(L.LightningModule):
         self.components = [name for name in WEIGHT_KEY if configured.get(name)]
         self.curriculum = CurriculumState(0, 0.0, dict.fromkeys(WEIGHT_KEYS, 1.0), 1.0, None)
         self.step_is_read = False
+        self.drop_nonfinite = False
+        self.skipped_steps: int | None = None
         self.measure_inactive: frozenset[str] = frozenset()
         self.student: PreTrainedModel | None = None
         self.teacher: OnlineTeacher | None = None
@@ -169,7 +171,7 @@ class DistillationModule(L.LightningModule):
         teacher = models.load_model(self.teacher_source, dtype=loaded, key="model.teacher", **self.load_options)
         self.student = models.build_student(teacher, self.teacher_source, **self.student_sources, **self.load_options)
         check_lm_head(teacher, lm_head_of(teacher))
-        check_lm_head(self.student, lm_head_of(self.student))
+        check_lm_head(self.student.eval(), lm_head_of(self.student))  # dropout would look like another head
         if getattr(getattr(self.trainer, "datamodule", None), "packing", False):
             models.check_packing(teacher, "model.teacher")
             models.check_packing(self.student, "model.student")
@@ -257,6 +259,8 @@ class DistillationModule(L.LightningModule):
             self._anchored = self._idle(self.component_weights(), total)
             total = total + sum((local_sum(p) for p in self._anchored), torch.zeros((), device=self.device)) * 0.0
 
+        total = total * (1 + 0 * total.detach())  # where it is not finite, neither is any of its gradient
+
         if due:
             self._step_sums.add(breakdown, accumulation, starts=batch_idx % accumulation == 0)
         step = None
@@ -286,6 +290,8 @@ class DistillationModule(L.LightningModule):
         figures["train/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]  # the student's, of this step
         figures["train/tokens_per_s"] = self._throughput.read()
         figures |= {f"routing/{name}": value for name, value in stats.items()}
+        if self.skipped_steps is not None:
+            figures["train/skipped_steps"] = float(self.skipped_steps)
         self.log_dict(figures)
         self.log("loss", step.total, prog_bar=True, logger=False)
 
@@ -396,6 +402,8 @@ class DistillationModule(L.LightningModule):
         """Clips by norm or value; the norm before clipping is logged as `train/grad_norm` and read by the audit."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.grad_norm = whole_norm(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        if self.drop_nonfinite:
+            optimizer.found_inf = (~self.grad_norm.isfinite()).float()  # type: ignore[attr-defined]  # of fused AdamW
         if self._logs_this_step():
             self.log("train/grad_norm", self.grad_norm)
         if gradient_clip_val and gradient_clip_algorithm == "value":

@@ -70,3 +70,14 @@ def configuration_wins(optimizer: torch.optim.Optimizer, schedule: Any, configur
         group |= options
         group["initial_lr"] = options["lr"]
         group["lr"] = options["lr"] * factor(schedule.last_epoch)
+
+
+def step_back(schedule: Any) -> None:
+    """Takes one step of the schedule back, for an optimizer step that was dropped."""
+    if not isinstance(schedule, LambdaLR):
+        return
+    schedule.last_epoch -= 1
+    rates = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    for group, base, factor in rates:
+        group["lr"] = base * factor(schedule.last_epoch)
+    schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]

@@ -9,12 +9,12 @@ import os
 import re
 import shutil
 import warnings
-import zipfile
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.callbacks import ProgressBar as LightningBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -23,11 +23,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from distill.callbacks.audit import LossAudit
 from distill.callbacks.curriculum import Curriculum
 from distill.callbacks.evaluation import Evaluation
+from distill.callbacks.last_checkpoint import LastCheckpoint
 from distill.callbacks.progress import ProgressBar
+from distill.callbacks.resume import ExactResume
 from distill.callbacks.step_dumps import CurriculumDump, KDLossDump, RoutingLossesDump
 from distill.callbacks.train_debug import TrainDebug
+from distill.checkpoint_files import AtomicCheckpointIO, find_last, is_whole
 from distill.data.datamodule import DistillationDataModule
-from distill.errors import UserError, did_you_mean
+from distill.errors import RunError, UserError, did_you_mean
 from distill.module import DistillationModule
 
 # Key -> class of the callbacks that are on by default, in the order in which they print.
@@ -64,7 +67,12 @@ class DistillTrainer(L.Trainer):
             csv = CSVLogger(root, name="lightning_logs")
             logger = [csv, TensorBoardLogger(root, name="lightning_logs", version=csv.version)]
             self.fresh_directory = None if Path(csv.log_dir).exists() else csv.log_dir
-        super().__init__(*args, logger=logger, use_distributed_sampler=use_distributed_sampler, **kwargs)
+        plugins = kwargs.pop("plugins", None) or []
+        plugins = list(plugins) if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(AtomicCheckpointIO())
+        sampler = use_distributed_sampler
+        super().__init__(*args, logger=logger, use_distributed_sampler=sampler, plugins=plugins, **kwargs)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -128,12 +136,12 @@ class DistillCLI(LightningCLI):
                 "init_args": {
                     "monitor": "val/kl_div_T1",
                     "mode": "min",
-                    "save_last": True,
                     "filename": "step={step}",
                     "auto_insert_metric_name": False,
                 },
             },
         )
+        parser.add_argument("--last_checkpoint", type=LastCheckpoint | None, default={})
         parser.add_argument("--early_stopping", type=EarlyStopping | None, default=None)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -148,20 +156,27 @@ class DistillCLI(LightningCLI):
             raise UserError(f"{error}: {did_you_mean(misspelt[1] or misspelt[2], sorted(keys))}") from None
 
     def before_instantiate_classes(self) -> None:
-        path = self.config[self.subcommand].get("ckpt_path") if self.subcommand else None
-        if path not in (None, "last", "best", "hpc", "registry"):
+        config = self.config[self.subcommand] if self.subcommand else {}
+        path = config.get("ckpt_path")
+        if path == "last":
+            root = Path(config["trainer"].get("default_root_dir") or os.getcwd())
+            if (last := find_last(root)) is None and self.subcommand != "fit":
+                raise UserError(f"ckpt_path: last, but {root}/lightning_logs has no checkpoint: give a .ckpt file")
+            config["ckpt_path"] = str(last) if last is not None else None  # the first of a chain of jobs starts anew
+        elif path not in (None, "best", "hpc", "registry"):
             if not Path(path).exists():
                 raise UserError(f"ckpt_path: {path} does not exist: give a .ckpt file of a run's checkpoints folder")
-            if Path(path).is_file() and not zipfile.is_zipfile(path):
-                raise UserError(f"ckpt_path: {path} is truncated or no checkpoint: take an earlier one")
+            if not is_whole(Path(path)):
+                raise UserError(f"ckpt_path: {path} is truncated, damaged or no checkpoint: take an earlier one")
 
     def _parse_ckpt_path(self) -> None:
         """The configuration beats the checkpoint: nothing is read back into it."""
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        keys = [*CALLBACKS, "checkpoint", "early_stopping"]
+        keys = [*CALLBACKS, "checkpoint", "last_checkpoint", "early_stopping"]
         chosen = [self._get(self.config_init, key) for key in keys]
         extra = [self._get(self.config_init, "curriculum"), *(callback for callback in chosen if callback is not None)]
+        extra.append(ExactResume())
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         listed = config.get("callbacks") or []
         own_bars = [c for c in (listed if isinstance(listed, list) else [listed]) if isinstance(c, LightningBar)]
@@ -170,7 +185,7 @@ class DistillCLI(LightningCLI):
         if not own_bars and not any(isinstance(callback, ProgressBar) for callback in extra):
             config["enable_progress_bar"] = False
         if config.get("enable_checkpointing") is False:
-            extra = [callback for callback in extra if not isinstance(callback, ModelCheckpoint)]
+            extra = [callback for callback in extra if not isinstance(callback, Checkpoint)]
         return self._instantiate_trainer(config, extra)
 
 
@@ -200,6 +215,13 @@ def run(args: list[str] | None = None) -> DistillCLI:
             raise ours from None
         if isinstance(error, MisconfigurationException) or "val_check_interval" in str(error):
             raise UserError(f"trainer: {shorten(str(error))}") from error
+        raise
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            raise RunError(
+                f"data.num_workers: {str(error).splitlines()[0]} Killed from outside, or out of memory: go on with "
+                "--ckpt_path last, with fewer workers if it happens again"
+            ) from error
         raise
 
 

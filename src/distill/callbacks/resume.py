@@ -1,0 +1,83 @@
+"""A resumed run goes on as if it had never been broken off: random numbers, and a validation that was cut short.
+
+The sampler's place, the curriculum and the optimizer have their own state. The price is a few kilobytes for each rank
+in every checkpoint, gathered when one is written.
+
+Reads: the generators of torch, Python and numpy, the progress of the validation loop. Writes both when a run resumes.
+"""
+
+import random
+from typing import Any, final
+
+import lightning as L
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loops.evaluation_loop import RestartStage
+from lightning.pytorch.utilities import rank_zero_warn
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every global generator of this process, as tensors and plain values."""
+    algorithm, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "python": random.getstate(),
+        "numpy": (algorithm, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss),
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Puts `random_state` back."""
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+    algorithm, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((algorithm, keys.cpu().numpy().astype(np.uint32), position, has_gauss, gauss))
+
+
+@final
+class ExactResume(Callback):
+    """Continues the random numbers of each rank, and begins a validation again that a checkpoint cut short."""
+
+    def __init__(self) -> None:
+        self.before_validation: dict[str, Any] | None = None
+        self.loaded: dict[str, Any] | None = None
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.before_validation = random_state()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.before_validation = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self.loaded is None:
+            return
+        if self.loaded["in_validation"]:  # Lightning would take it for done, or do the rest of it alone
+            loop = trainer.fit_loop.epoch_loop.val_loop
+            loop.batch_progress.reset_on_run()
+            loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
+        ranks = self.loaded["random"]
+        if len(ranks) != trainer.world_size:
+            rank_zero_warn(
+                f"The checkpoint has random states of {len(ranks)} ranks, this run has {trainer.world_size}: "
+                "what is drawn, dropout first, differs from the unbroken run."
+            )
+        set_random_state(ranks[trainer.global_rank % len(ranks)])
+        self.loaded = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Collective: every rank's state, before the validation where the checkpoint falls into one."""
+        mine = self.before_validation or random_state()
+        ranks: list[Any] = [mine]
+        if dist.is_available() and dist.is_initialized():
+            ranks = [None] * dist.get_world_size()
+            dist.all_gather_object(ranks, mine)
+        return {"random": ranks, "in_validation": self.before_validation is not None}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.loaded = state_dict

@@ -1,0 +1,130 @@
+"""A run broken off at any point that a checkpoint is written at goes on to the unbroken run's bits."""
+
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from distill.callbacks.curriculum import Curriculum
+from distill.callbacks.last_checkpoint import LastCheckpoint
+from distill.callbacks.resume import ExactResume, random_state, set_random_state
+from distill.checkpoint_files import find_last, is_whole, write
+from distill.data.datamodule import DistillationDataModule
+from distill.errors import RunError
+from distill.losses.routing import Routing
+from distill.module import DistillationModule
+from distill.program import DistillTrainer, quieten
+
+STUDENT = {
+    "model_type": "llama",
+    "vocab_size": 320,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "attention_dropout": 0.3,  # so that a run depends on random numbers
+}
+
+
+@pytest.fixture
+def fit(assets, tmp_path):
+    """Fits without the command line; a module whose buffer counts batches, and what each validation measured."""
+
+    def call(folder: str, ckpt_path: Path | None = None, workers: int = 0, **options):
+        quieten()
+        torch.manual_seed(3)
+        np.random.seed(3)
+        module = DistillationModule(
+            str(assets / "llama"),
+            student_config=STUDENT,
+            routing=Routing(teacher_layers=1, num_experts=4),
+            learning_rate=1e-2,
+        )
+        module.register_buffer("queue", torch.zeros(3))
+        data = DistillationDataModule(
+            str(assets / "text.txt"),
+            sequence_length=32,
+            per_device_batch_size=2,
+            max_sequences=14,  # seven micro-batches
+            max_validation_sequences=4,
+            num_workers=workers,
+        )
+        Path(tmp_path, folder).mkdir(exist_ok=True)
+        trainer = DistillTrainer(
+            default_root_dir=str(tmp_path / folder),
+            logger=False,
+            callbacks=[Curriculum(), Watch(), ExactResume(), LastCheckpoint(every_minutes=None)],
+            accelerator="cpu",
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=1,
+            **({"max_epochs": 2} | options),
+        )
+        trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
+        return module
+
+    return call
+
+
+class Watch(Callback):
+    """Feeds the buffer, draws from every generator as a loss might, and notes what validations measured."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        pl_module.queue = pl_module.queue * 0.9 + torch.rand(3) + float(np.random.rand())
+
+    def on_fit_start(self, trainer, pl_module):
+        pl_module.seen = []
+
+    def on_validation_end(self, trainer, pl_module):
+        if not trainer.sanity_checking:
+            pl_module.seen.append((trainer.global_step, float(trainer.callback_metrics["val/kl_div_T1"])))
+
+
+@pytest.fixture
+def everywhere(monkeypatch):
+    """Makes a run write a checkpoint wherever it could stop, without stopping; their paths, in order."""
+    points: list[Path] = []
+
+    def save(self, trainer):
+        if not self.recording:
+            return
+        where = sys._getframe(1).f_code.co_name  # the hook that would have stopped
+        path = self.directory / f"{len(points):02d}_step{trainer.global_step}_{where}.ckpt"
+        trainer.save_checkpoint(path)
+        points.append(path)
+
+    monkeypatch.setattr(LastCheckpoint, "recording", True, raising=False)
+    monkeypatch.setattr(LastCheckpoint, "_agree", lambda self: setattr(self, "stop", 15))
+    monkeypatch.setattr(LastCheckpoint, "_stop", lambda self, trainer: None)
+    monkeypatch.setattr(LastCheckpoint, "_save", save)
+    return points
+
+
+def assert_resumes_everywhere(fit, everywhere, monkeypatch, least: int, **options) -> None:
+    unbroken = fit("unbroken", **options)
+    monkeypatch.setattr(LastCheckpoint, "recording", False)
+    assert len(everywhere) >= least
+    hooks = {path.stem.split("_", 2)[2] for path in everywhere}
+    assert hooks == {f"on_{hook}_end" for hook in ("train_batch", "validation_batch", "validation", "train_epoch")}
+    for path in everywhere[:-1]:
+        resumed = fit("resumed", ckpt_path=path, **options)
+        for name, value in unbroken.state_dict().items():
+            assert torch.equal(resumed.state_dict()[name], value), (path.name, name)
+        _, step, hook = path.stem.split("_", 2)
+        again = hook == "on_validation_batch_end"  # that validation begins anew
+        rest = [note for note in unbroken.seen if note[0] >= int(step[4:]) + (not again)]
+        assert resumed.seen == rest, path.name
+
+
+
+def test_from_every_point_of_two_epochs(fit, everywhere, monkeypatch):
+    assert_resumes_everywhere(fit, everywhere, monkeypatch, 14, limit_train_batches=4, val_check_interval=2)
+
+
+def test_from_every_point_with_accumulation_and_a_short_last_window(fit, everywhere, monkeypatch):
+    assert_resumes_everywhere(fit, everywhere, monkeypatch, 8, accumulate_grad_batches=3)
