@@ -159,7 +159,9 @@ def _split(pattern: re.Pattern[str], text: str) -> list[tuple[str, str]]:
 def _figure(text: str, line: int) -> Figure:
     mantissa, _, exponent = text.lower().partition("e")
     digits = len(mantissa.partition(".")[2]) if mantissa[-1:].isdigit() or mantissa.endswith(".") else 0
-    return Figure(float(text), line, 0.5 * 10.0 ** (int(exponent or 0) - digits))
+    value = float(text)
+    exact = value == 0 and bool(exponent)  # 0.00e+00 has lost no digit
+    return Figure(value, line, 0.0 if exact else 0.5 * 10.0 ** (int(exponent or 0) - digits))
 
 
 class _Reader:

@@ -80,12 +80,12 @@ def healthy(run: Run, names: set[str]) -> list[str]:
             + ". If the evaluation is still high, wait for more steps."
         )
     sums = [block for block in debug if listed(block) is not None]
-    if sums and not names & {"sum differs", "routing bypass"}:
-        sentences.append(f"Sum of components = total in all {len(sums)} TRAIN DEBUG blocks.")
+    if sums and not names & {"sum differs", "routing bypass", "non-finite"}:
+        sentences.append(f"Sum of components = total in every TRAIN DEBUG block ({len(sums)}).")
     if evaluations and not names & {"eval bypass", "train/eval gap"}:
-        sentences.append(f"Validation weighs like training in all {len(evaluations)} evaluations.")
+        sentences.append(f"Validation weighs like training in every evaluation ({len(evaluations)}).")
     kl = run.metrics.get("val/kl_div_T1", [])
-    if len(kl) > 1:
+    if len(kl) > 1 and not names & {"loss flat", "non-finite"}:
         sentences.append(f"val/kl_div_T1 went from {kl[0].value:.4f} (step {kl[0].step}) to {kl[-1].value:.4f}.")
     rates = run.metrics.get("train/lr", [])
     if rates and not names & {"learning rate zero", "schedule horizon"}:

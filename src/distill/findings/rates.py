@@ -14,7 +14,7 @@ def learning_rate(run: Run) -> list[Finding]:
     }
     findings: list[Finding] = []
     for name, points in columns.items():
-        findings = findings or zero_rate(run, name, points) or horizon(run, name, points)
+        findings = findings or zero_rate(run, name, points) or warm_up(run) or horizon(run, name, points)
     if not columns and run.log.rates:
         zero = [figure for figure in run.log.rates if figure.value == 0 and figure.half < 1e-6]
         if zero and len(zero) == len(run.log.rates):

@@ -8,37 +8,38 @@ from distill.findings.weights import hidden
 
 NORMALISED = ("routing_feature_matching_loss", "layerwise_loss")  # 1 = predicting nothing, whatever the teacher's scale
 TIMES = 100.0
+CAUSE = {
+    "sum": "something is added to the total, or left out of it, that the components do not list",
+    "bar": "the progress bar shows another loss than the one that is optimised",
+    "grad": "what is back-propagated is not the loss that the step returned",
+}
 
 
 def sum_differs(run: Run) -> list[Finding]:
     """TRAIN DEBUG's figures, which come from different places and must agree."""
-    evidence, causes = [], []
+    evidence: list[str] = []
+    causes: list[str] = []
     for block in run.log.of("TRAIN DEBUG"):
         if hidden(run, block):
             continue
-        parts = listed(block)
-        figures = block.figures
-        reference = figures.get("total") or figures.get("sum") or parts
-        if reference is None:
-            continue
-        pairs = [("sum", parts), *((key, figures.get(key)) for key in ("sum", "bar", "grad"))]
-        for key, figure in pairs:
-            if figure is None or same(figure, reference):
+        figures, parts = block.figures, listed(block)
+        total = figures.get("total") or figures.get("sum")
+        if parts is not None and not same(parts, figures["sum"]):
+            evidence.append(f"{run.quote(block, figures['sum'])} (those listed add up to {parts.value:.4f})")
+            causes.append("the sum is not that of the components that are listed")
+        for key in ("sum", "bar", "grad"):
+            figure = figures.get(key)
+            if figure is None or total is None or same(figure, total):
                 continue
-            evidence += [run.quote(block, figures.get(key) if figure is not parts else None)]
-            evidence += [run.quote(block, reference)]
-            ratio = reference.value / figure.value if figure.value else math.inf
+            evidence += [run.quote(block, figure), run.quote(block, total)]
+            ratio = total.value / figure.value if figure.value else math.inf
             if key == "grad" and ratio > 1.5 and abs(ratio - round(ratio)) < 1e-3 * ratio:
                 causes.append(
                     f"what is back-propagated is the total divided by {round(ratio)} once more: "
                     "accumulate_grad_batches is applied twice, or not multiplied back"
                 )
-            elif key == "grad":
-                causes.append("what is back-propagated is not the loss that the step returned")
-            elif key == "bar":
-                causes.append("the progress bar shows another loss than the one that is optimised")
             else:
-                causes.append("something is added to the total, or left out of it, that the components do not list")
+                causes.append(CAUSE[key])
     if not evidence:
         return []
     return [

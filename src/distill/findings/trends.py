@@ -5,46 +5,58 @@ a run is not called flat before there is something to see.
 """
 
 import math
+from itertools import pairwise
 from statistics import fmean, median, variance
 
 from distill.findings.evidence import Finding, Run, raw_readings, shorten
 
 CONTRADICTING = -0.3  # cosine below which a step along one gradient undoes about a third of the other's
+UNSEEN = 1e-3  # relative change of a validation metric that nobody would call learning
 LEARNED = 0.05  # a fall of the loss that a run must be able to show
 ENOUGH = 10  # points for a judgement by statistics
 
 
 def loss_flat(run: Run) -> list[Finding]:
-    """A loss of which the run could have shown a fall of 5 % and did not.
+    """A run that has learned nothing that can be seen.
 
-    The means of its first and last third are compared: flat means that even two standard errors above the observed
-    fall are below 5 %. Resumed runs, and runs within warm-up or their first tenth, are not judged.
+    Validation repeats the same tokens, so without sampling noise: flat means that a weight-free metric moved by less
+    than a thousandth between two validations. Without validations the means of the training loss's first and last third
+    are compared: flat means that even two standard errors above the observed fall are below 5 %. Resumed runs, and runs
+    within warm-up or their first tenth, are not judged.
     """
-    steps = run.horizon
+    steps, warmup = run.horizon, run.setting("model.warmup_steps") or 0
     temperature = {point.value for point in run.metrics.get("curriculum/temperature", [])}
-    readings = raw_readings(run)
-    name = "kd_loss" if "kd_loss" in readings and len(temperature) <= 1 else "lm_loss"
-    points = readings.get(name, [])
-    if steps is None or len(points) < ENOUGH or points[0][0] > 0.05 * steps:
+    training = raw_readings(run)
+    name = "val/kl_div_T1" if "kd_loss" in training else "val/student_nll"
+    points = [(p.step, p.value, run.say(name, p)) for p in run.metrics.get(name, []) if math.isfinite(p.value)]
+    validated = len(points) > 1
+    if not validated:
+        name = "kd_loss" if "kd_loss" in training and len(temperature) <= 1 else "lm_loss"
+        points = [(at, value, f"step {at}: {name} raw {value:.4f}") for at, value in training.get(name, [])]
+    if steps is None or not points or points[-1][0] < max(warmup + ENOUGH, 0.1 * steps):
         return []
-    if points[-1][0] < max(ENOUGH + (run.setting("model.warmup_steps") or 0), 0.1 * steps):
-        return []
-    third = max(len(points) // 3, 2)
-    first, last = [value for _, value in points[:third]], [value for _, value in points[-third:]]
-    fall = fmean(first) - fmean(last)
-    error = math.sqrt((variance(first) + variance(last)) / third)
-    if fall + 2 * error >= LEARNED * fmean(first):
+    values = [value for _, value, _ in points]
+    if validated:
+        first, last = values[0], values[-1]
+        flat = points[-1][0] - points[0][0] >= ENOUGH and abs(first - last) < UNSEEN * abs(first)
+    else:
+        third = max(len(values) // 3, 2)
+        if len(values) < ENOUGH or points[0][0] > 0.05 * steps:
+            return []
+        first, last = fmean(values[:third]), fmean(values[-third:])
+        error = math.sqrt((variance(values[:third]) + variance(values[-third:])) / third)
+        flat = first - last + 2 * error < LEARNED * first
+    if not flat:
         return []
     return [
         Finding(
             "loss flat",
-            f"{name} does not fall: {fmean(first):.4f} on average at first, {fmean(last):.4f} at last.",
-            [f"{name} raw at step {step}: {value:.4f}" for step, value in (points[0], points[len(points) // 2])]
-            + [f"{name} raw at step {points[-1][0]}: {points[-1][1]:.4f}"],
+            f"{name} does not fall: {first:.4f} at first, {last:.4f} at last.",
+            [points[0][2], points[len(points) // 2][2], points[-1][2]],
             "nothing that matters to this loss is trained: frozen or detached student, too small a learning rate, "
             "weights at zero, or labels that do not fit the text",
-            "check that the student has gradients (train/grad_norm above 0), raise the learning rate, and see that the "
-            "component's weight is above zero",
+            "check that the student has gradients (train/grad_norm above 0), raise model.learning_rate, and see that "
+            "the component's weight is above zero",
         )
     ]
 
@@ -77,29 +89,26 @@ def jumps(run: Run) -> list[Finding]:
 def jump(run: Run, control: str, column: str) -> tuple[str, list[str]] | None:
     """The first change of `control` at which `column` moves at least four times as much as it usually does.
 
-    Levels are medians of up to three points on either side, so that one odd batch is no jump; below 10 % nobody sees
-    one. Four times the median of the other moves is what noise hardly reaches.
+    Four times the median of its moves elsewhere is what noise hardly reaches; below 10 % nobody sees a jump. The medians
+    of three values on either side must differ as well, so that one odd batch is no jump.
     """
     set_to = {point.step: point for point in run.metrics.get(control, [])}
     points = [point for point in run.metrics.get(column, []) if point.step in set_to and point.value > 0]
-    if len(points) < 6:
+    moves = [(a, b, math.log(b.value / a.value)) for a, b in pairwise(points)]
+    changed = [set_to[a.step].value != set_to[b.step].value for a, b, _ in moves]
+    quiet = [abs(move) for (_, _, move), change in zip(moves, changed, strict=True) if not change]
+    if len(quiet) < 3:
         return None
-    moves = []
-    for i in range(1, len(points)):
-        before, after = points[max(i - 3, 0) : i], points[i : i + 3]
-        move = math.log(median(p.value for p in after) / median(p.value for p in before))
-        changed = set_to[points[i - 1].step].value != set_to[points[i].step].value
-        moves.append((i, move, changed))
-    quiet = [abs(move) for i, move, _ in moves if not any(changed for j, _, changed in moves if abs(i - j) <= 3)]
-    for i, move, changed in moves:
-        if changed and quiet and abs(move) > max(4 * median(quiet), 0.1):
-            old, new = set_to[points[i - 1].step], set_to[points[i].step]
+    for i, ((a, b, move), change) in enumerate(zip(moves, changed, strict=True)):
+        before, after = points[max(i - 2, 0) : i + 1], points[i + 1 : i + 4]
+        levels = math.log(median(p.value for p in after) / median(p.value for p in before))
+        if change and abs(move) > max(4 * median(quiet), 0.1) and math.copysign(levels, move) == levels:
+            old, new = set_to[a.step], set_to[b.step]
             title = (
-                f"{column} jumps at step {points[i].step} ({points[i - 1].value:.4f} -> {points[i].value:.4f}) because "
+                f"{column} jumps from {a.value:.4f} to {b.value:.4f} at step {b.step} because "
                 f"{control.removeprefix('curriculum/')} changes from {old.value:g} to {new.value:g}."
             )
-            lines = [run.say(control, old), run.say(control, new)]
-            return title, [*lines, run.say(column, points[i - 1]), run.say(column, points[i])]
+            return title, [run.say(control, old), run.say(control, new), run.say(column, a), run.say(column, b)]
     return None
 
 
@@ -110,9 +119,10 @@ def contradicting_gradients(run: Run) -> list[Finding]:
         if not (column.startswith("gradients/") and column.endswith("_cosine")):
             continue
         values = [point.value for point in points if math.isfinite(point.value)]
-        recent = values[len(values) // 2 :]
-        # Persistently: at least three readings, the median of all and of the later half below the line.
-        if len(values) < 3 or not max(median(values), median(recent)) < CONTRADICTING:
+        # Persistently: in both halves of at least four readings. Where a run has converged the gradients of its losses
+        # cancel, and then only the later half is below the line.
+        half = len(values) // 2
+        if len(values) < 4 or not max(median(values[:half]), median(values[half:])) < CONTRADICTING:
             continue
         name = column.removeprefix("gradients/").removesuffix("_cosine")
         findings.append(
@@ -131,24 +141,28 @@ def contradicting_gradients(run: Run) -> list[Finding]:
 
 def non_finite(run: Run) -> list[Finding]:
     """nan and inf anywhere but in what was not measured, and steps that were skipped because of them."""
-    evidence = []
+    found: list[tuple[int, str]] = []
     for block in run.log.blocks:
         figures = list(block.figures.values())
         for parts in block.components.values():
             unmeasured = block.kind == "Eval" and parts.weight is not None and parts.weight.value == 0
             figures += [f for f in (parts.raw, parts.weight, parts.scaled) if f is not None and not unmeasured]
-        evidence += [run.quote(block, figure) for figure in figures if not math.isfinite(figure.value)]
+        found += [(block.step or 0, run.quote(block, figure)) for figure in figures if not math.isfinite(figure.value)]
+    scaler = str(run.setting("trainer.precision")).startswith("16")  # it looks for its factor by overflowing gradients
     for column, points in run.metrics.items():
-        if column.startswith(("train/", "val/", "curriculum/", "lr")):
-            evidence += [run.say(column, point) for point in points if not math.isfinite(point.value)]
+        if column.startswith(("train/", "val/")) and not (scaler and column == "train/grad_norm"):
+            found += [(point.step, run.say(column, point)) for point in points if not math.isfinite(point.value)]
+    found.sort(key=lambda pair: pair[0])
+    evidence = [line for _, line in found]
+    first = f", first at step {found[0][0]}" if found else ""
     if "nonfinite_batch.pt" in run.files:
-        evidence.insert(0, "nonfinite_batch.pt: the batch at which the run was stopped")
+        evidence.insert(0, "nonfinite_batch.pt: a batch whose loss or gradient was not finite")
     findings = []
     if evidence:
         findings.append(
             Finding(
                 "non-finite",
-                "A loss, gradient or metric is nan or infinite.",
+                f"A loss, gradient or metric is nan or infinite{first}.",
                 shorten(evidence),
                 "overflow in half precision, too high a learning rate, a batch without valid tokens, or a division by "
                 "zero in a loss",

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from distill.findings.evidence import Finding, Run, raw_readings, shorten
 from distill.findings.printed import listed, same, total_of, weight_at, weights_said
-from distill.findings.weights import UNKNOWN_RAW
+from distill.findings.weights import UNKNOWN_RAW, bypassing
 from distill.training_log import Block, Figure, weight_key
 
 GAP = 1.5
@@ -18,11 +18,15 @@ Entry = TypeVar("Entry")
 
 def eval_bypass(run: Run) -> list[Finding]:
     """Validation that weighs otherwise than training, or whose loss is not the sum of its parts."""
-    said, evidence, names = weights_said(run), [], []
+    said, bypasses = weights_said(run), bypassing(run)
+    evidence: list[str] = []
+    names: list[str] = []
     for block in run.log.of("Eval"):
         scaled: list[Figure] = []
         for name, parts in block.components.items():
             entries = [s for s in said.get(weight_key(name), []) if s.rank == 0 or s.line is None]
+            if parts.weight:  # near is not good enough where a weight above zero may be rising
+                entries = [s for s in entries if s.step == block.step] if name not in bypasses else []
             weight = weight_at(run, entries, block)
             if parts.weight and weight and not same(parts.weight, weight.value):
                 names.append(name)
