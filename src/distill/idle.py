@@ -6,10 +6,14 @@ only be found by asking autograd; the price is one more backward pass for each s
 `kd_loss` nor `lm_loss`.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
-from distill.losses.routing import UNIT, Routing
+from distill.losses.contrastive import Contrastive
+from distill.losses.layerwise import Layerwise
+from distill.losses.routing import Routing
 
 
 class IdleParameters:
@@ -17,20 +21,20 @@ class IdleParameters:
 
     Args:
         student: trained.
-        routing: projections and probes.
+        auxiliaries: projections and probes.
     """
 
-    def __init__(self, student: nn.Module, routing: Routing | None) -> None:
-        self.student, self.routing = student, routing
+    def __init__(self, student: nn.Module, auxiliaries: Iterable[Routing | Layerwise | Contrastive]) -> None:
+        self.student, self.auxiliaries = student, list(auxiliaries)
         self._of_student: dict[tuple[str, ...], list[nn.Parameter]] = {}
 
     def __call__(self, weights: dict[str, float], total: Tensor) -> list[nn.Parameter]:
         """The idle ones under these component weights; `total` is the loss that they gave."""
         active = tuple(name for name, weight in weights.items() if weight > 0)
         idle: list[nn.Parameter] = []
-        if self.routing is not None:
-            used = {id(p) for name in active if name in UNIT for p in self.routing.trained_by(name)}
-            idle += [parameter for parameter in self.routing.parameters() if id(parameter) not in used]
+        for module in self.auxiliaries:
+            used = {id(p) for name in active for p in module.trained_by(name)}
+            idle += [parameter for parameter in module.parameters() if id(parameter) not in used]
         if "kd_loss" in active or "lm_loss" in active:
             return idle
         if active not in self._of_student:

@@ -23,11 +23,14 @@ from distill.breakdown import WEIGHT_KEY, LossBreakdown
 from distill.curriculum import WEIGHT_KEYS, CurriculumState
 from distill.errors import UserError
 from distill.idle import IdleParameters
+from distill.losses.attention import AttentionTransfer
+from distill.losses.contrastive import Contrastive
 from distill.losses.engine import KDLoss
 from distill.losses.head import check_lm_head, lm_head_of
-from distill.losses.routing import UNIT, Routing
+from distill.losses.layerwise import Layerwise
+from distill.losses.routing import Routing
 from distill.metrics import DistillationMetrics
-from distill.objective import Losses, objective
+from distill.objective import UNIT, Losses, objective
 from distill.optim import CONFIGURED, adamw, configuration_wins, horizon_of, warmup_cosine
 from distill.steps import StepSums, Throughput
 from distill.strategies import check_sharded, check_strategy, local_sum, shard_model, shard_module, whole_norm
@@ -46,6 +49,9 @@ class DistillationModule(L.LightningModule):
         kd_loss: options of `kd_loss`; null = off.
         lm_loss: whether next-token cross-entropy is a component.
         routing: the routing losses; null = off.
+        attention: options of `attention_loss`; null = off, as for the next two.
+        layerwise: options of `layerwise_loss`.
+        contrastive: options of `contrastive_loss`.
         learning_rate: peak, after warm-up.
         router_learning_rate: peak for projections and gate probes; null = `learning_rate`.
         weight_decay: of AdamW; norms and biases have none.
@@ -72,6 +78,9 @@ class DistillationModule(L.LightningModule):
         kd_loss: KDLoss | None = KDLoss(),  # noqa: B008  (frozen)
         lm_loss: bool = True,
         routing: Routing | None = None,
+        attention: AttentionTransfer | None = None,
+        layerwise: Layerwise | None = None,
+        contrastive: Contrastive | None = None,
         learning_rate: float = 1e-4,
         router_learning_rate: float | None = None,
         weight_decay: float = 0.01,
@@ -94,9 +103,10 @@ class DistillationModule(L.LightningModule):
                 f"model.student: {len(chosen)} of student, student_layers and student_config are given "
                 f"({', '.join(chosen) or 'none'}): give exactly one"
             )
-        if kd_loss is None and not lm_loss and routing is None:
+        others = (routing, attention, layerwise, contrastive)
+        if kd_loss is None and not lm_loss and all(loss is None for loss in others):
             raise UserError(
-                "model.kd_loss: null with lm_loss false and no routing leaves nothing to train: give a loss"
+                "model.kd_loss: null with lm_loss false and no other loss leaves nothing to train: give a loss"
             )
         for key, rate in (("learning_rate", learning_rate), ("router_learning_rate", router_learning_rate)):
             if rate is not None and not rate > 0:
@@ -116,6 +126,7 @@ class DistillationModule(L.LightningModule):
         self.student_sources: dict[str, Any] = given
         self.kd_loss = kd_loss
         self.routing = routing
+        self.attention, self.layerwise, self.contrastive = attention, layerwise, contrastive
         self.learning_rate = learning_rate
         self.router_learning_rate = router_learning_rate or learning_rate
         self.weight_decay = weight_decay
@@ -131,6 +142,7 @@ class DistillationModule(L.LightningModule):
 
         configured = {"kd_loss": kd_loss is not None, "lm_loss": lm_loss}
         configured |= dict.fromkeys(routing.components if routing else [], True)
+        configured |= {loss.component: True for loss in self.features}
         self.components = [name for name in WEIGHT_KEY if configured.get(name)]
         self.curriculum = CurriculumState(0, 0.0, dict.fromkeys(WEIGHT_KEYS, 1.0), 1.0, None)
         self.step_is_read = False
@@ -180,14 +192,35 @@ class DistillationModule(L.LightningModule):
         self.student.train()
         if self.routing is not None:
             self.routing.build(teacher, self.student.config)
-        self._idle = IdleParameters(self.student, self.routing)
+        if self.attention is not None:
+            self.attention.build(teacher, self.student)
+        if self.layerwise is not None:
+            self.layerwise.build(teacher, self.student)
+        if self.contrastive is not None:
+            rows = getattr(getattr(self.trainer, "datamodule", None), "per_device_batch_size", None)
+            self.contrastive.build(teacher, self.student, rows)
+            # All ranks write the same into the queue: DDP need not send it around before each forward pass.
+            names = [f"contrastive.{name}" for name, _ in self.contrastive.named_buffers()]
+            self._ddp_params_and_buffers_to_ignore = names
+        self._idle = IdleParameters(self.student, self.auxiliaries)
         self.teacher = OnlineTeacher(teacher.to(target), self.teacher_top_k)
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             mesh = self.trainer.strategy.device_mesh["data_parallel"]
             shard_model(teacher, mesh)
             shard_model(self.student, mesh)
-            shard_module(self.routing, mesh)
+            for module in self.auxiliaries:
+                shard_module(module, mesh)
             check_sharded(self)
+
+    @property
+    def features(self) -> list[AttentionTransfer | Layerwise | Contrastive]:
+        """The configured losses on hidden states and attention, in listing order."""
+        return [loss for loss in (self.attention, self.layerwise, self.contrastive) if loss is not None]
+
+    @property
+    def auxiliaries(self) -> list[Routing | Layerwise | Contrastive]:
+        """The modules that are trained beside the student and thrown away after."""
+        return [module for module in (self.routing, self.layerwise, self.contrastive) if module is not None]
 
     @property
     def num_experts(self) -> int | None:
@@ -235,6 +268,7 @@ class DistillationModule(L.LightningModule):
             share,
             kd=self.kd_loss,
             routing=self.routing,
+            features=self.features,
             chunk_size=self.chunk_size,
             measure_inactive=self.measure_inactive,
             metrics=metrics,
@@ -313,7 +347,7 @@ class DistillationModule(L.LightningModule):
         breakdown = result.breakdown
         for index, name in enumerate(self.components):
             if name in breakdown.raw:
-                count = batch["units"][UNIT.get(name, "tokens")]
+                count = batch["units"][UNIT[name]]
                 self._sums[0, index] += breakdown.raw[name].double() * count
                 self._sums[1, index] += count
         return {"total": result.total.detach(), "breakdown": breakdown}
@@ -357,7 +391,7 @@ class DistillationModule(L.LightningModule):
         if self.warmup_steps >= horizon:
             rank_zero_warn(f"model.warmup_steps: {self.warmup_steps} outlasts the run of {horizon} steps.")
         optimizer = adamw(
-            [(self.student, self.learning_rate), (self.routing, self.router_learning_rate)],
+            [(self.student, self.learning_rate), *((m, self.router_learning_rate) for m in self.auxiliaries)],
             weight_decay=self.weight_decay,
             betas=self.betas,
             fused=self.trainer.precision != "16-mixed",
@@ -425,6 +459,9 @@ class DistillationModule(L.LightningModule):
             "model.kd_loss": asdict(self.kd_loss) if self.kd_loss is not None else None,
             "model.lm_loss": "lm_loss" in self.components,
             "model.routing": self.routing.settings() if self.routing is not None else None,
+            "model.attention": self.attention.settings() if self.attention is not None else None,
+            "model.layerwise": self.layerwise.settings() if self.layerwise is not None else None,
+            "model.contrastive": self.contrastive.settings() if self.contrastive is not None else None,
             "model.learning_rate": self.learning_rate,
             "model.router_learning_rate": self.router_learning_rate,
             "model.warmup_steps": self.warmup_steps,

@@ -1,14 +1,15 @@
 """The objective: where the losses of a batch are computed and weighed, for training and validation alike.
 
-Components of weight zero are not computed, and what only they need (teacher, hidden states, experts) is not captured.
+Components of weight zero are not computed, and what only they need (teacher, hidden states, attention, experts) is not
+captured.
 The price is one function that knows which component needs what.
 
 Shapes: B rows, L positions, N valid tokens, D width.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,11 +18,25 @@ from transformers import PreTrainedModel
 
 from distill.breakdown import WEIGHT_KEY, LossBreakdown
 from distill.curriculum import CurriculumState
+from distill.losses.attention import AttentionTransfer
+from distill.losses.contrastive import Contrastive
 from distill.losses.engine import KDLoss, TokenStats, distillation_loss
 from distill.losses.head import lm_head_of
-from distill.losses.routing import UNIT, Routing
-from distill.teachers.online import OnlineTeacher, decode
-from distill.teachers.targets import DenseTargets
+from distill.losses.layerwise import Layerwise
+from distill.losses.routing import UNIT as ROUTING_UNIT
+from distill.losses.routing import Routing
+from distill.teachers.online import OnlineTeacher
+from distill.teachers.targets import DenseTargets, Targets, sampled_targets, top_k_targets
+from distill.trace import Needs, merged, trace
+
+FeatureLoss = AttentionTransfer | Layerwise | Contrastive
+
+# Component -> the kind of unit that it is a sum over, as the batch counts them.
+UNIT = (
+    dict.fromkeys(WEIGHT_KEY, "tokens")
+    | ROUTING_UNIT
+    | {loss.component: loss.unit for loss in (AttentionTransfer, Layerwise, Contrastive)}
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +65,7 @@ def objective(
     share: float,
     kd: KDLoss | None = None,
     routing: Routing | None = None,
+    features: Sequence[FeatureLoss] = (),
     chunk_size: int | None = None,
     measure_inactive: Collection[str] = (),
     metrics: bool = False,
@@ -66,39 +82,57 @@ def objective(
             validation, where the units are the batch's own.
         kd: options of `kd_loss`.
         routing: the routing losses.
+        features: the losses on hidden states and attention.
         chunk_size: tokens whose logits exist at one time.
         measure_inactive: components to measure at weight zero too, without gradient.
         metrics: also return the weight-free sums.
     """
     weights = {name: state.weights[WEIGHT_KEY[name]] for name in components}
     wanted = [name for name in components if weights[name] > 0 or name in measure_inactive]
-    routed = [name for name in wanted if name in UNIT]
+    routed = [name for name in wanted if name in ROUTING_UNIT]
+    features = [loss for loss in features if loss.component in wanted]
     factor = {kind: share / max(count, 1) for kind, count in batch["units"].items()}
 
     record = routing.record() if routing is not None and routed else None
-    teacher_hidden_BLD = None
-    if "kd_loss" in wanted or routed or metrics:
+    taught = None
+    if "kd_loss" in wanted or routed or features or metrics:
         with record or nullcontext():
-            teacher_hidden_BLD = teacher.hidden(batch)
-    layers = [index + 1 for index in routing.student_layer_indices] if routing is not None and routed else []
-    output = decode(student, batch, **({"output_hidden_states": sorted(set(layers))} if layers else {}))
+            taught = teacher.trace(batch, merged(loss.teacher_needs for loss in features))
+    layers = routing.student_layer_indices if routing is not None and routed else []
+    seen = trace(student, batch, merged(loss.student_needs for loss in features) | Needs(hidden=frozenset(layers)))
 
     positions_N = batch["positions"]
     targets = None
-    if teacher_hidden_BLD is not None:
-        targets = DenseTargets(_rows(teacher_hidden_BLD, positions_N), lm_head_of(teacher.model))
-    engine = distillation_loss(
-        _rows(output.last_hidden_state, positions_N),
+    if taught is not None:
+        targets = DenseTargets(_rows(taught.last_BLD, positions_N), lm_head_of(teacher.model))
+    student_side = (
+        _rows(seen.last_BLD, positions_N),
         lm_head_of(student),
         batch["labels"].flatten().index_select(0, positions_N + 1),
-        targets,
+    )
+    thins = "kd_loss" in wanted and kd is not None and (kd.top_k is not None or kd.samples is not None)
+    engine = distillation_loss(
+        *student_side,
+        _thinned(targets, kd, student_side[1].vocab_size, state, batch) if thins else targets,
         kd=kd,
         temperature=state.temperature,
         kd_weight=weights["kd_loss"] * factor["tokens"] if "kd_loss" in wanted else None,
         lm_weight=weights["lm_loss"] * factor["tokens"] if "lm_loss" in wanted else None,
         chunk_size=chunk_size,
-        metrics=metrics,
+        metrics=metrics and not thins,
     )
+    token_stats = engine.stats
+    if metrics and thins:  # the weight-free metrics are of the teacher's whole distribution all the same
+        token_stats = distillation_loss(
+            *student_side,
+            targets,
+            kd=None,
+            temperature=1.0,
+            kd_weight=None,
+            lm_weight=None,
+            chunk_size=chunk_size,
+            metrics=True,
+        ).stats
     total = engine.loss
     stats: dict[str, Tensor] = {}
     sums = {"kd_loss": engine.kd_sum, "lm_loss": engine.lm_sum}
@@ -106,7 +140,7 @@ def objective(
 
     if record is not None:
         assert routing is not None
-        states = [output.hidden_states[layer] for layer in layers]
+        states = [seen.hidden[layer] for layer in layers]
         active = [name for name in routed if weights[name] > 0]
         for names, learns in ((active, torch.is_grad_enabled()), ([n for n in routed if n not in active], False)):
             if not names:
@@ -119,8 +153,37 @@ def objective(
                 raw[name] = value.detach()
                 if weights[name] > 0:
                     total = total + weights[name] * value
+    for loss in features:
+        assert taught is not None
+        weight = weights[loss.component]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):
+            value = loss(seen, taught, batch) * factor[loss.unit]
+        raw[loss.component] = value.detach()
+        if weight > 0:
+            total = total + weight * value
     breakdown = LossBreakdown({name: raw[name] for name in wanted}, weights)
-    return Losses(total, breakdown, stats, engine.stats)
+    return Losses(total, breakdown, stats, token_stats)
+
+
+def _thinned(
+    targets: DenseTargets | None,
+    kd: KDLoss | None,
+    student_vocab: int,
+    state: CurriculumState,
+    batch: Mapping[str, Any],
+) -> Targets:
+    """The part of dense targets that `kd` learns from. Draws depend on step and batch alone, not on the random state:
+    so a resumed run repeats them, and a validation between two steps changes nothing.
+    """
+    assert targets is not None
+    assert kd is not None
+    shared = min(student_vocab, targets.head.vocab_size)
+    targets = replace(targets, head=targets.head.whole())
+    if kd.top_k is not None:
+        return top_k_targets(targets, kd.top_k, state.temperature, shared)
+    assert kd.samples is not None
+    generator = torch.Generator(targets.hidden_ND.device).manual_seed(state.step * 1_000_003 + batch["bytes"])
+    return sampled_targets(targets, kd.samples, state.temperature, shared, generator)
 
 
 def _rows(hidden_BLD: Tensor, positions_N: Tensor) -> Tensor:

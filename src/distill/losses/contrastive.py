@@ -194,7 +194,7 @@ class Contrastive(nn.Module):
         context_T = contexts(batch["input_ids"], batch["position_ids"]).flatten()
         context_S = context_T.index_select(0, position_S).masked_fill(~taken_S, EMPTY)
         anchor_SD = F.normalize(full_precision(apply(self.projection, normalise(states_SD))), dim=-1)
-        key_SD = F.normalize(normalise(target_SD), dim=-1).to(anchor_SD.dtype)
+        key_SD = F.normalize(normalise(target_SD.detach()), dim=-1).to(anchor_SD.dtype)
 
         missing = self.rows * self.tokens_per_row - len(position_S)
         key_SD, context_S, taken_S = (_filled(rows, missing) for rows in (key_SD, context_S, taken_S))
@@ -239,6 +239,6 @@ def _of_all_ranks(rows: Tensor) -> Tensor:
     """The ranks' rows one after the other; every rank has as many."""
     if not _distributed():
         return rows
-    gathered = rows.new_empty(dist.get_world_size() * rows.shape[0], *rows.shape[1:])
-    dist.all_gather_into_tensor(gathered, rows.contiguous())
-    return gathered
+    gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, rows)
+    return torch.cat(gathered)

@@ -144,7 +144,7 @@ class Layerwise(nn.Module):
         values = []
         for projection, (ours, theirs) in zip(self.projections, self.pairs, strict=True):
             states_ND = student.hidden[ours].flatten(0, 1).index_select(0, positions_N)
-            target_ND = teacher.hidden[theirs].flatten(0, 1).index_select(0, positions_N)
+            target_ND = teacher.hidden[theirs].detach().flatten(0, 1).index_select(0, positions_N)
             distance_N = DISTANCES[self.distance](apply(projection, normalise(states_ND)), target_ND)
             values.append((distance_N * counts_N).sum())
         return torch.stack(values).mean() * self.coefficient
