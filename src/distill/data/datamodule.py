@@ -4,7 +4,7 @@ Tables are packed once into a cache and read by row number; streams are packed w
 both is that a stream needs `trainer.max_steps` and takes its validation rows from elsewhere or by content.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from distill.data.batches import PackedRows, as_is
 from distill.data.chat import Chat, read_template
-from distill.data.forms import Form, form_of
+from distill.data.forms import FormOption, form_of
 from distill.data.mixture import Source, sources_of, split_rows, validation_sources
 from distill.data.packing import FEATURES, Packer, encoder_of, fingerprint, pack
 from distill.data.sampler import EveryRowOnce, ResumableLoader, StepSampler
@@ -66,12 +66,12 @@ class DistillationDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        dataset: str | list[str | Source],
+        dataset: str | list[str | dict[str, Any]],
         dataset_config: str | None = None,
         split: str = "train",
         text_column: str = "text",
         messages_column: str = "messages",
-        format: Form | Literal["auto"] = "auto",
+        format: FormOption = "auto",
         completion_only_loss: bool = True,
         chat_template: str | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,

@@ -12,11 +12,12 @@ from datasets import Features, List, Value
 from distill.errors import UserError, did_you_mean
 
 Form = Literal["text", "messages", "prompt_completion", "tokens"]
+FormOption = Literal["auto", "text", "messages", "prompt_completion", "tokens"]
 FORMS: tuple[Form, ...] = ("messages", "prompt_completion", "tokens", "text")  # in order of precedence
 
 
 def recognise(
-    features: Features, source: Any, *, form: Form | Literal["auto"], text_column: str, messages_column: str
+    features: Features, source: Any, *, form: FormOption, text_column: str, messages_column: str
 ) -> dict[str, str]:
     """Column of a form -> column of the table.
 

@@ -9,14 +9,14 @@ Letters: R rows.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, get_args
 
 import numpy as np
 
-from distill.data.forms import Form
+from distill.data.forms import FormOption
 from distill.data.text import local_files
-from distill.errors import UserError
+from distill.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Source:
     split: str | None = None
     text_column: str | None = None
     messages_column: str | None = None
-    format: Form | Literal["auto"] | None = None
+    format: FormOption | None = None
 
     def options(self) -> dict[str, Any]:
         """How `load_documents` and `open_stream` are to read it."""
@@ -52,7 +52,7 @@ class Source:
         }
 
 
-def sources_of(dataset: str | list[str | Source], **defaults: Any) -> list[Source]:
+def sources_of(dataset: str | list[str | dict[str, Any]], **defaults: Any) -> list[Source]:
     """The parts that `data.dataset` names; a name or a list of names is one part.
 
     Args:
@@ -60,17 +60,14 @@ def sources_of(dataset: str | list[str | Source], **defaults: Any) -> list[Sourc
         defaults: for fields that a part leaves open.
 
     Raises:
-        UserError: nothing is named, or the weights are not positive or not of every part.
+        UserError: nothing is named, a part has an unknown key or a value of the wrong kind, or the weights are not
+            positive or not of every part.
     """
     parts = [dataset] if isinstance(dataset, str) else dataset
     names = [part for part in parts if isinstance(part, str)]
     if not parts:
         raise UserError("data.dataset: []; name at least one source")
-    sources = (
-        [Source(names)]
-        if len(names) == len(parts)
-        else [Source(part) if isinstance(part, str) else part for part in parts]
-    )
+    sources = [Source(names)] if len(names) == len(parts) else [_part(*numbered) for numbered in enumerate(parts)]
     weights = [source.weight for source in sources]
     for place, weight in enumerate(weights):
         if weight is not None and not 0 < weight < float("inf"):
@@ -83,6 +80,27 @@ def sources_of(dataset: str | list[str | Source], **defaults: Any) -> list[Sourc
         replace(source, **{name: value for name, value in defaults.items() if getattr(source, name) is None})
         for source in sources
     ]
+
+
+def _part(place: int, given: str | dict[str, Any]) -> Source:
+    """The part that a user wrote down."""
+    if isinstance(given, str):
+        return Source(given)
+    kinds: dict[str, Any] = {field.name: str for field in fields(Source)} | {
+        "dataset": (str, list),
+        "weight": (int, float),
+    }
+    for name, value in given.items():
+        key = f"data.dataset[{place}].{name}"
+        if name not in kinds:
+            raise UserError(f"{key}: is no key of a part; {did_you_mean(name, kinds)}")
+        if value is not None and (not isinstance(value, kinds[name]) or isinstance(value, bool)):
+            raise UserError(f"{key}: {value!r} is no {'number' if name == 'weight' else 'text'}; correct it")
+    if not given.get("dataset"):
+        raise UserError(f"data.dataset[{place}].dataset: missing; name its source")
+    if (form := given.get("format")) not in (None, *get_args(FormOption)):
+        raise UserError(f"data.dataset[{place}].format: {form!r}; {did_you_mean(str(form), get_args(FormOption))}")
+    return Source(**given)
 
 
 def validation_sources(sources: Sequence[Source], split: float | str) -> list[tuple[Source, str]]:

@@ -127,9 +127,9 @@ class Stream:
 
 
 def validation_rows(streams: list[Stream], count: int) -> list[Row]:
-    """At most about `count` rows to validate on, in the shares of the weights."""
+    """About `count` rows to validate on, in the shares of the weights."""
     total = sum(stream.weight for stream in streams)
-    return [row for s in streams for row in s.validation_rows(max(1, round(count * s.weight / total)))]
+    return [row for s in streams for row in s.validation_rows(max(1, int(count * s.weight / total)))]
 
 
 class StreamBatches(torch.utils.data.IterableDataset):

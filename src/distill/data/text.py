@@ -10,12 +10,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 from datasets import Dataset, IterableDataset
 
-from distill.data.forms import Form, recognise
+from distill.data.forms import FormOption, recognise
 from distill.errors import UserError
 from distill.sources import resolve
 
@@ -35,7 +35,7 @@ def load_documents(
     split: str,
     text_column: str,
     messages_column: str = "messages",
-    form: Form | Literal["auto"] = "auto",
+    form: FormOption = "auto",
     key: str = "data.dataset",
 ) -> Dataset:
     """All documents of one or more sources, in order: a table with the columns of one form alone, see `recognise`.
@@ -87,7 +87,7 @@ def open_stream(
     split: str,
     text_column: str,
     messages_column: str = "messages",
-    form: Form | Literal["auto"] = "auto",
+    form: FormOption = "auto",
     key: str = "data.dataset",
 ) -> tuple[IterableDataset, dict[str, str]]:
     """The documents of one source as they are read, and the columns of their form, see `recognise`.
