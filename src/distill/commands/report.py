@@ -4,18 +4,16 @@ It reads what the run wrote and needs no model, no trainer and no torch. The pri
 logged; what was not is said in its place.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from distill.commands.arguments import Parser
 from distill.errors import UserError
 
 
 def main(arguments: list[str]) -> int:
     """Runs `distill report RUN [RUN ...] [--out FILE]`."""
-    parser = argparse.ArgumentParser(
-        prog="distill report", description="Writes one HTML file about runs: it opens offline, in light and dark."
-    )
+    parser = Parser("distill report", description="Writes one HTML file about runs: it opens offline, light and dark.")
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder, lightning_logs/version_N")
     parser.add_argument("--out", metavar="FILE", type=Path, help="default: report.html in the first run's folder")
     parsed = parser.parse_args(arguments)

@@ -35,7 +35,7 @@ STYLE: Any = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Line:
     """One series of a chart.
 
@@ -102,13 +102,37 @@ def placeholder(colour: int | None) -> str:
     return INK if colour is None else f"#fe00{colour:02x}"
 
 
-def draw(chart: Chart, identity: str, last_step: float) -> Drawing:
-    """The chart as an SVG element whose ids start with `identity`; steps go from 0 to `last_step` on all charts."""
+def surface() -> Axes:
+    """Empty axes to draw on, one chart after the other: making them and their ticks costs more than a drawing."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))  # an SVG unit is 1/72 inch: here it is a CSS pixel
         axes = figure.add_axes((LEFT / WIDTH, BOTTOM / HEIGHT, 1 - (LEFT + RIGHT) / WIDTH, 1 - (TOP + BOTTOM) / HEIGHT))
         figure.patch.set_visible(False)
         axes.patch.set_visible(False)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_linewidth(1)
+        axes.set_axisbelow(True)
+        axes.tick_params(length=0, pad=5)
+        axes.grid(axis="y", color=GRID, linewidth=0.8)
+    return axes
+
+
+def draw(chart: Chart, identity: str, last_step: float, axes: Axes) -> Drawing:
+    """The chart as an SVG element.
+
+    Args:
+        chart: what is drawn.
+        identity: what the ids in it start with.
+        last_step: steps go from 0 to this one, on all charts of a page.
+        axes: a `surface`; what was on it is removed.
+    """
+    with matplotlib.rc_context(STYLE):
+        for artist in [*axes.lines, *axes.collections, *axes.patches]:
+            artist.remove()
+        axes.relim()
+        axes.set_yscale("linear")
+        axes.set_ylim(0, 1)
+        axes.set_autoscaley_on(True)
         finite = [line.y[np.isfinite(line.y)] for line in chart.lines]
         notes = [chart.note] if chart.note else []
         lost = sum(len(line.y) for line in chart.lines) - sum(map(len, finite))
@@ -129,7 +153,8 @@ def draw(chart: Chart, identity: str, last_step: float) -> Drawing:
             trace(axes, line, marker=max(3.0, 6.5 - index) if line.kind == "points" else 5.0)
         dress(axes, chart, logarithmic, 100.0 if chart.x_label == "progress" else last_step)
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        assert isinstance(axes.figure, Figure)
+        axes.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     low, high = axes.get_xlim()
     return Drawing(clean(buffer.getvalue(), identity), x_limits=(float(low), float(high)), notes=notes)
 
@@ -186,12 +211,7 @@ def stack(axes: Axes, areas: list[Line], bar: float) -> None:
 
 
 def dress(axes: Axes, chart: Chart, logarithmic: bool, end: float) -> None:
-    """Quiet axes: horizontal grid, few ticks, 0 to `end` along the horizontal one."""
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_linewidth(1)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, pad=5)
+    """Few ticks, and 0 to `end` along the horizontal axis."""
     axes.set_xlabel(chart.x_label, loc="right", labelpad=1)
     axes.set_xlim(-0.03 * end, 1.03 * end)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))

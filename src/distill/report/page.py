@@ -11,10 +11,11 @@ from itertools import count
 
 from jinja2 import Environment
 from markupsafe import Markup
+from matplotlib.axes import Axes
 
 from distill import __version__
 from distill.report import sections, tables
-from distill.report.drawing import Chart, Drawing, draw
+from distill.report.drawing import Chart, Drawing, draw, surface
 from distill.report.runs import Run
 
 
@@ -44,11 +45,11 @@ class Figure:
 def render(runs: list[Run]) -> str:
     """The page of these runs, the first one first."""
     template = environment().from_string(asset("page.html"))
-    numbers = count()
+    numbers, axes = count(), surface()
     last_step = max((float(series.steps[-1]) for run in runs for series in run.series.values()), default=1.0) or 1.0
 
     def figure(chart: Chart) -> Figure:
-        return make_figure(chart, f"c{next(numbers)}", last_step)
+        return make_figure(chart, f"c{next(numbers)}", last_step, axes)
 
     parts = [
         sections.weight_free(runs),
@@ -109,7 +110,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in known.items() if value is not None]
 
 
-def make_figure(chart: Chart, identity: str, last_step: float) -> Figure:
+def make_figure(chart: Chart, identity: str, last_step: float, axes: Axes) -> Figure:
     """Draws a chart and writes down what its legend, table and label say."""
     headings, rows = tables.chart_table(chart)
     shown = [line for line in chart.lines if not line.silent]
@@ -122,4 +123,4 @@ def make_figure(chart: Chart, identity: str, last_step: float) -> Figure:
     spans = [
         f"{line.label} from {tables.number(float(line.y[0]))} to {tables.number(float(line.y[-1]))}" for line in shown
     ]
-    return Figure(identity, chart, draw(chart, identity, last_step), legend, headings, rows, "; ".join(spans))
+    return Figure(identity, chart, draw(chart, identity, last_step, axes), legend, headings, rows, "; ".join(spans))
