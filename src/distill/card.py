@@ -144,6 +144,6 @@ def _package_licence(package: str) -> str:
     for distribution in importlib.metadata.packages_distributions().get(package, []):
         metadata = importlib.metadata.metadata(distribution)
         for field in ("License-Expression", "License"):
-            if metadata.get(field) and "\n" not in metadata[field]:
-                return str(metadata[field]).lower()
+            if field in metadata and "\n" not in metadata[field]:
+                return metadata[field].lower()
     return UNKNOWN

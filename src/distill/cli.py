@@ -16,7 +16,9 @@ TRAINER = {
 }
 COMMANDS: dict[str, str] = {
     "diagnose": "say in plain words what a run's log and metrics show, and what to fix",
+    "evaluate": "measure student, teacher and baselines on the same rows",
     "export": "write a checkpoint's student as a transformers folder",
+    "predict": "what teacher and student say to the same prompts, side by side",
     "report": "write one HTML file about a run, or about several",
 }
 

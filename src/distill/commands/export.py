@@ -3,12 +3,10 @@
 The folder appears whole or not at all. Only the student is in it: projections and gate probes serve the training.
 """
 
-import argparse
 import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from distill.errors import UserError, did_you_mean
 
@@ -76,21 +74,16 @@ def export(
 
 def main(arguments: list[str]) -> int:
     """Runs `distill export`; 0."""
+    from distill.commands.arguments import Parser
+
     parser = Parser(prog="distill export", description="A checkpoint's student as a transformers folder.")
     parser.add_argument("checkpoint", help="a run's .ckpt file")
     parser.add_argument("folder", help="to write; must not exist or be empty")
     parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}; as the checkpoint has them by default")
     parser.add_argument("--tokenizer", help="its source, where the checkpoint's is no longer to be had")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the tokenizer")
-    given: dict[str, Any] = vars(parser.parse_args(arguments))
+    given = parser.parse(arguments)
     written = export(given.pop("checkpoint"), given.pop("folder"), **given)
     size_MB = sum(item.stat().st_size for item in written.iterdir()) / 1e6
     print(f"{written}: {size_MB:,.1f} MB in {', '.join(sorted(item.name for item in written.iterdir()))}")
     return 0
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, not the whole usage."""
-
-    def error(self, message: str) -> Any:
-        raise UserError(f"{message}; see {self.prog} --help")

@@ -1,0 +1,209 @@
+"""`distill evaluate`: student, teacher and baselines on the same rows, as a table or JSON.
+
+For a checkpoint the figures equal those that `distill validate` logs; the table says what they were measured on.
+"""
+
+import json
+import resource
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from distill.errors import UserError
+
+# Key of a figure -> how the table calls it, and its format.
+ROWS = {
+    "nll": ("NLL (nats per token)", ".4f"),
+    "perplexity": ("perplexity", ".4f"),
+    "bits_per_byte": ("bits per byte", ".4f"),
+    "accuracy": ("next token right", ".4f"),
+    "ece": ("ECE (15 bins)", ".4f"),
+    "entropy": ("entropy (nats)", ".4f"),
+    "entropy_gap": ("entropy gap (nats)", "+.4f"),
+    "kl_div_T1": ("KL at T = 1 (nats)", ".4f"),
+    "top1_agreement": ("top-1 agreement", ".4f"),
+    "top5_agreement": ("top-5 agreement", ".4f"),
+    "retention_percent": ("retention (%)", ".1f"),
+    "parameters": ("parameters", ",.0f"),
+    "weights_MB": ("weights (MB)", ",.1f"),
+    "tokens_per_s": ("tokens per second", ",.0f"),
+}
+NOTES = (
+    "KL, agreements and entropy gap are to the teacher. Retention is the teacher's perplexity in percent of the "
+    "model's. Tokens per second are the decoder's on these batches."
+)
+
+
+def evaluate(
+    student: str,
+    *,
+    teacher: str | None = None,
+    text: str | None = None,
+    baselines: Mapping[str, str] | None = None,
+    data: Mapping[str, Any] | None = None,
+    tasks: Iterable[str] = (),
+    task_folder: str | None = None,
+    limit: int | None = None,
+    precision: str | None = None,
+    accelerator: str = "auto",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> dict[str, Any]:
+    """Measures student, teacher and baselines on the same rows.
+
+    Args:
+        student: checkpoint, folder, hub id, GGUF file or `package://name/file`.
+        teacher: a model; by default that of the checkpoint's run.
+        text: all rows of this source, as `data.dataset` takes it; by default the run's validation rows.
+        baselines: name -> what `student` takes, for instance the untrained student or one trained without a teacher.
+        data: keys of the data section that replace the run's.
+        tasks: of lm-evaluation-harness, for every model.
+        task_folder: with task files of your own.
+        limit: examples per task.
+        precision: Lightning's name of it; by default the run's.
+        accelerator: Lightning's name of the kind of device.
+        trust_remote_code: run code that comes with the models.
+        allow_pickle: accept `pytorch_model.bin`.
+
+    Returns:
+        `measured_on` (student, teacher, dataset, rows, tokens, sequence_length, precision, device), `models` (name ->
+        figures, see `distill.evaluation.figures`), `gap_closed_percent` (baseline -> nll and kl_div_T1: how much of its
+        distance to the teacher the student covers), `tasks` (task -> model -> metric -> value), `peak_memory_MB` of the
+        process, or of the device where there is one.
+
+    Raises:
+        UserError: models or data that cannot be had, ids that mean different tokens, a task that is not there.
+    """
+    import torch
+
+    from distill.evaluation import TEACHER, gap_closed_percent, measure
+    from distill.models import check_packing, check_vocabularies
+    from distill.pair import load_other, load_pair, validation_data
+    from distill.program import quieten
+
+    quieten()
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit: {limit}; give 1 or more")
+    if names := list(tasks):
+        from distill.harness import open_tasks, run_tasks
+
+        manager = open_tasks(names, task_folder)
+    options = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    pair = load_pair(student, teacher, precision=precision, accelerator=accelerator, **options)
+    students = {"student": pair.student}
+    for name, source in (baselines or {}).items():
+        if name in (TEACHER, "student"):
+            raise UserError(f"--baseline: {name!r} is taken; give it another name")
+        students[name] = load_other(source, pair.precision, key=f"--baseline {name}", **options)
+        check_vocabularies(pair.tokenizer, students[name].tokenizer, f"--baseline {name}")
+        pair.fabric.to_device(students[name].model)
+    rows = validation_data(pair, text, data)
+    if rows.packing:
+        for name, other in students.items():
+            check_packing(other.model, name)
+        check_packing(pair.teacher.model, "--teacher")
+    loader = rows.val_dataloader()
+    models = {name: other.model for name, other in students.items()}
+    chunk_size = pair.config.get("model", {}).get("chunk_size")
+    found = measure(models, pair.teacher, tracked(loader, "Evaluating"), pair.fabric, chunk_size)
+    counts = rows.validation_rows
+    report: dict[str, Any] = {
+        "measured_on": {
+            "student": student,
+            "teacher": pair.teacher_source,
+            "dataset": text or rows.dataset,
+            "rows": len(counts) if counts is not None else None,
+            "tokens": int(counts.units_R["tokens"].sum()) if counts is not None else None,
+            "sequence_length": rows.sequence_length,
+            "batch_size": rows.per_device_batch_size,
+            "precision": pair.precision,
+            "device": str(pair.fabric.device),
+        },
+        "models": found,
+        "gap_closed_percent": {
+            name: {
+                key: gap_closed_percent(found[name][key], found["student"][key], goal)
+                for key, goal in (("nll", found[TEACHER]["nll"]), ("kl_div_T1", 0.0))
+            }
+            for name in baselines or {}
+        },
+    }
+    if names:
+        words = {TEACHER: pair.tokenizer} | {name: other.tokenizer for name, other in students.items()}
+        every = {TEACHER: pair.teacher.model} | models
+        report["tasks"] = run_tasks(manager, every, words, names, limit, rows.per_device_batch_size)
+    if pair.fabric.device.type == "cpu":
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    else:
+        peak = torch.accelerator.max_memory_allocated()
+    report["peak_memory_MB"] = peak / 1e6
+    return report
+
+
+def tracked(batches: Any, title: str) -> Iterable[Any]:
+    """The batches behind a progress bar on stderr, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    total = len(batches) if hasattr(batches, "__len__") else None
+    return track(batches, title, total=total, console=console, transient=True, disable=not console.is_terminal)
+
+
+def print_report(report: Mapping[str, Any]) -> None:
+    """The report as tables on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    on, models = report["measured_on"], report["models"]
+    names = list(models)
+    table = Table("", *names, title="Evaluation", title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for key, (title, form) in ROWS.items():
+        values = [models[name].get(key) for name in names]
+        if any(value is not None for value in values):
+            table.add_row(title, *("" if value is None else format(value, form) for value in values))
+    gaps = report["gap_closed_percent"]
+    for key, title in (("nll", "NLL gap student closes (%)"), ("kl_div_T1", "KL student closes (%)")):
+        values = [gaps.get(name, {}).get(key) for name in names]
+        if any(value is not None for value in values):
+            table.add_row(title, *("" if value is None else f"{value:.1f}" for value in values))
+    for task, by_model in report.get("tasks", {}).items():
+        for metric in next(iter(by_model.values())):
+            table.add_row(f"{task}: {metric}", *(f"{by_model[name][metric]:.4f}" for name in names))
+    console.print(table)
+    console.print(
+        f"{on['student']} against {on['teacher']} on {on['dataset']}: {on['rows']} rows of at most "
+        f"{on['sequence_length']} tokens, {on['tokens']:,} targets, batches of {on['batch_size']}, {on['precision']} "
+        f"on {on['device']}; peak memory {report['peak_memory_MB']:,.0f} MB with all models loaded.\n{NOTES}",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """Runs `distill evaluate`; 0."""
+    from distill.commands.arguments import Parser, add_pair_arguments
+
+    parser = Parser(prog="distill evaluate", description="Student, teacher and baselines on the same rows.")
+    add_pair_arguments(parser)
+    parser.add_argument("--baseline", action="append", metavar="NAME=MODEL", help="also measure this; repeatable")
+    parser.add_argument("--tasks", help="of lm-evaluation-harness, comma-separated; needs the extra `tasks`")
+    parser.add_argument("--task_folder", help="with task files of your own")
+    parser.add_argument("--limit", type=int, help="examples per task")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    given = parser.parse(arguments)
+    as_json = given.pop("json")
+    pairs = [pair.partition("=") for pair in given.pop("baseline") or []]
+    if wrong := [name for name, sign, source in pairs if not (name and sign and source)]:
+        raise UserError(f"--baseline: {wrong[0]!r} is not of the form NAME=MODEL; correct it")
+    tasks = [name for name in (given.pop("tasks") or "").split(",") if name]
+    report = evaluate(baselines={name: source for name, _, source in pairs}, tasks=tasks, **given)
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        print_report(report)
+    return 0
