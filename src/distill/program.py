@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from distill.callbacks.audit import LossAudit
 from distill.callbacks.curriculum import Curriculum
 from distill.callbacks.evaluation import Evaluation
+from distill.callbacks.gradients import Gradients
 from distill.callbacks.last_checkpoint import LastCheckpoint
 from distill.callbacks.progress import ProgressBar
 from distill.callbacks.resume import ExactResume
@@ -33,7 +34,7 @@ from distill.data.datamodule import DistillationDataModule
 from distill.errors import RunError, UserError, did_you_mean
 from distill.module import DistillationModule
 
-# Key -> class of the callbacks that are on by default, in the order in which they print.
+# Key -> class of the callbacks, in the order in which they print; on by default but for those of OFF.
 CALLBACKS: dict[str, type[Callback]] = {
     "progress": ProgressBar,
     "audit": LossAudit,
@@ -42,7 +43,9 @@ CALLBACKS: dict[str, type[Callback]] = {
     "kd_loss_dump": KDLossDump,
     "routing_losses_dump": RoutingLossesDump,
     "evaluation": Evaluation,
+    "gradients": Gradients,
 }
+OFF = {"gradients"}
 
 
 class DistillTrainer(L.Trainer):
@@ -127,7 +130,7 @@ class DistillCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(Curriculum, "curriculum")
         for key, callback in CALLBACKS.items():
-            parser.add_argument(f"--{key}", type=callback | None, default={})
+            parser.add_argument(f"--{key}", type=callback | None, default=None if key in OFF else {})
         parser.add_argument(
             "--checkpoint",
             type=ModelCheckpoint | None,
