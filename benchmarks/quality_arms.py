@@ -18,16 +18,6 @@ from distill.losses.layerwise import Layerwise
 from distill.losses.routing import Routing
 from distill.teachers.targets import DenseTargets, TopKTargets, top_k_targets
 
-MOE_STUDENT = {
-    "model_type": "llama",
-    "hidden_size": 96,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": True,
-}
 OFF = {"feature": 0.0, "attention": 0.0, "layerwise": 0.0, "contrastive": 0.0}
 ON = {"feature": 0.1, "attention": 0.1, "layerwise": 0.05, "contrastive": 0.05}  # where the three phases end
 REVERSED = {

@@ -37,9 +37,9 @@ def shown(pair: tuple[float, float] | None, signed: bool = False) -> str:
     return f"{mean:{'+' if signed else ''}.4f}" + (f" ± {half:.4f}" if half < float("inf") else "")
 
 
-def table(runs: Runs, arms: Iterable[str], reference: str, teacher: bool = False) -> list[list[str]]:
-    """Rows with a heading: each metric's mean, and the paired differences of NLL and KL to the reference."""
-    heading = ["arm", "seeds", *METRICS.values(), f"NLL - {reference}", f"KL - {reference}"]
+def table(runs: Runs, arms: Iterable[str], reference: str | None = None, teacher: bool = False) -> list[list[str]]:
+    """Rows with a heading: each metric's mean, and the paired differences of NLL and KL to the reference, if any."""
+    heading = ["arm", "seeds", *METRICS.values(), *([f"NLL - {reference}", f"KL - {reference}"] if reference else [])]
     rows = [heading + (["teacher NLL"] if teacher else [])]
     for arm in arms:
         if arm not in runs:
@@ -47,8 +47,9 @@ def table(runs: Runs, arms: Iterable[str], reference: str, teacher: bool = False
         own = list(runs[arm].values())
         cells = [shown(interval([run[metric] for run in own])) for metric in METRICS]
         differences = [
-            "" if arm == reference else shown(paired(runs, arm, reference, metric), signed=True)
+            "" if arm == reference else shown(paired(runs, arm, str(reference), metric), signed=True)
             for metric in ("student_nll", "kl_div_T1")
+            if reference
         ]
         tail = [shown(interval([run["teacher_nll"] for run in own]))] if teacher else []
         rows.append([arm, str(len(own)), *cells, *differences, *tail])
