@@ -21,6 +21,7 @@ WIDTH, HEIGHT = 400, 222  # CSS pixels
 LEFT, RIGHT, TOP, BOTTOM = 50, 10, 8, 36
 COLOURS = 9
 DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.5, 1.5))
+STEPS = [1, 2, 2.5, 5, 10]  # between ticks
 INK, GRID, PAPER = "#fd0001", "#fd0002", "#fd0003"
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -149,8 +150,9 @@ def draw(chart: Chart, identity: str, last_step: float, axes: Axes) -> Drawing:
         areas = [line for line in chart.lines if line.kind != "reference"] if chart.stacked else []
         if areas:
             stack(axes, areas, bar=0.02 * last_step if chart.stacked == "bars" else 0.0)
+        few = max(len(line.x) for line in chart.lines) <= 15
         for index, line in enumerate(line for line in chart.lines if line not in areas):
-            trace(axes, line, marker=max(3.0, 6.5 - index) if line.kind == "points" else 5.0)
+            trace(axes, line, few, marker=max(3.0, 6.5 - index) if line.kind == "points" else 5.0)
         dress(axes, chart, logarithmic, 100.0 if chart.x_label == "progress" else last_step)
         buffer = io.StringIO()
         assert isinstance(axes.figure, Figure)
@@ -159,8 +161,8 @@ def draw(chart: Chart, identity: str, last_step: float, axes: Axes) -> Drawing:
     return Drawing(clean(buffer.getvalue(), identity), x_limits=(float(low), float(high)), notes=notes)
 
 
-def trace(axes: Axes, line: Line, marker: float) -> None:
-    """Draws one line; a series of a few points shows where they are, as dots `marker` pixels wide."""
+def trace(axes: Axes, line: Line, few: bool, marker: float) -> None:
+    """Draws one line; where a chart has few points it shows them, as dots `marker` pixels wide."""
     colour = placeholder(line.colour)
     x, y = envelope(line.x, np.where(np.isfinite(line.y), line.y, np.nan))
     if line.kind == "reference" and np.ptp(y) == 0:
@@ -169,7 +171,7 @@ def trace(axes: Axes, line: Line, marker: float) -> None:
     if line.kind == "reference":
         axes.plot(x, y, color=colour, linewidth=1.2, linestyle=(0, (4, 3)), zorder=2)
         return
-    marked = len(x) <= 60 and (line.kind != "line" or (len(x) <= 15 and not line.silent))
+    marked = len(x) <= 60 and (line.kind != "line" or (few and not line.silent))
     dashes = DASHES[line.dash]
     axes.plot(
         x,
@@ -214,7 +216,7 @@ def dress(axes: Axes, chart: Chart, logarithmic: bool, end: float) -> None:
     """Few ticks, and 0 to `end` along the horizontal axis."""
     axes.set_xlabel(chart.x_label, loc="right", labelpad=1)
     axes.set_xlim(-0.03 * end, 1.03 * end)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=STEPS, integer=True))
     percent = chart.x_label == "progress"
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}%" if percent else compact(x)))
     if chart.limits is not None:
@@ -228,7 +230,7 @@ def dress(axes: Axes, chart: Chart, logarithmic: bool, end: float) -> None:
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
-        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=STEPS))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: compact(y)))
 
 

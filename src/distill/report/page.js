@@ -18,8 +18,10 @@ for (const figure of document.querySelectorAll("figure")) {
   const show = (to) => {
     index = Math.min(Math.max(to, 0), rows.length - 1);
     const row = rows[index];
-    cursor.hidden = false;
-    cursor.style.left = `${100 * (left + ((right - left) * (row.x - low)) / (high - low))}%`;
+    const share = (row.x - low) / (high - low);
+    cursor.hidden = place.hidden = false;
+    cursor.style.left = place.style.left = `${100 * (left + (right - left) * share)}%`;
+    place.style.translate = `${-100 * share}%`;
     place.textContent = row.name;
     values.forEach((value, i) => (value.textContent = row.cells[i] || "–"));
     plot.setAttribute("aria-valuenow", index);
@@ -27,8 +29,7 @@ for (const figure of document.querySelectorAll("figure")) {
     plot.setAttribute("aria-valuetext", `${row.name}: ${said.join(", ")}`);
   };
   const rest = () => {
-    cursor.hidden = true;
-    place.textContent = "";
+    cursor.hidden = place.hidden = true;
     values.forEach((value, i) => (value.textContent = resting[i]));
   };
 
