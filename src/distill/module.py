@@ -35,7 +35,6 @@ from distill.optim import CONFIGURED, adamw, configuration_wins, horizon_of, war
 from distill.steps import StepSums, Throughput
 from distill.strategies import check_sharded, check_strategy, local_sum, shard_model, shard_module, whole_norm
 from distill.teachers.online import OnlineTeacher
-from distill.trace import decode
 
 
 class DistillationModule(L.LightningModule):
@@ -240,9 +239,6 @@ class DistillationModule(L.LightningModule):
     def on_test_start(self) -> None:
         self._place_teacher()
 
-    def on_predict_start(self) -> None:
-        self._place_teacher()
-
     def _place_teacher(self) -> None:
         assert self.teacher is not None
         self.teacher.to(self.device)
@@ -365,22 +361,6 @@ class DistillationModule(L.LightningModule):
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
-
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """Greedy next tokens of both models at every position.
-
-        Returns:
-            `labels`, `student` and `teacher` token ids `[N]` at the batch's valid positions.
-        """
-        assert self.student is not None
-        assert self.teacher is not None
-        positions = batch["positions"]
-        result = {"labels": batch["labels"].flatten().index_select(0, positions + 1)}
-        hidden = {"student": decode(self.student, batch).last_hidden_state, "teacher": self.teacher.hidden(batch)}
-        for name, model in (("student", self.student), ("teacher", self.teacher.model)):
-            rows = hidden[name].flatten(0, 1).index_select(0, positions)
-            result[name] = model.get_output_embeddings()(rows).argmax(-1)
-        return result
 
     # Optimisation
 

@@ -306,13 +306,6 @@ class DistillationDataModule(L.LightningDataModule):
         """The validation rows."""
         return self.val_dataloader()
 
-    def predict_dataloader(self) -> DataLoader:
-        """One batch: the first validation rows."""
-        assert self.validation_rows is not None
-        sampler = EveryRowOnce(self.validation_rows.units_R, self.per_device_batch_size)
-        batches: Any = [self.validation_rows.__getitems__(next(iter(sampler)))]
-        return DataLoader(batches, batch_size=None)
-
 
 def _joined(tables: list[Dataset]) -> list[Dataset]:
     """The tables as one."""
