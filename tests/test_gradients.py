@@ -2,13 +2,16 @@
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.nn.functional import cross_entropy, kl_div
 
 from distill.callbacks.gradients import Gradients
 from distill.errors import UserError
+from test_two_ranks import fit
 
 
 def logged(cli, prefix="gradients/"):
@@ -129,3 +132,21 @@ def test_it_is_off_by_default(config, distill):
 def test_a_distance_below_one_is_refused():
     with pytest.raises(UserError, match=r"gradients.every_n_steps: 0; give at least 1"):
         Gradients(every_n_steps=0)
+
+
+def test_a_sharded_student_is_refused():
+    trainer = SimpleNamespace(strategy=ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1))
+    with pytest.raises(UserError, match=r"gradients: ModelParallelStrategy shards the student.*set gradients to null"):
+        Gradients().setup(trainer, None, "fit")
+
+
+@pytest.mark.slow
+def test_two_ranks_train_alike_with_and_without_it(config, tmp_path):
+    config["model"]["contrastive"] = {"tokens_per_row": 8, "queue_size": 64}
+    config["curriculum"] = {"feature": 0.1, "attention": 0.1, "contrastive": 0.05}
+    config["trainer"] |= {"max_steps": 3, "strategy": "ddp", "devices": 2}
+    _, without, _ = fit(config, tmp_path / "without")
+    rows, weights, _ = fit(config, tmp_path / "with", "--gradients.every_n_steps", "1")
+    assert sum(bool(row["gradients/contrastive_loss_cosine"]) for row in rows) == 3
+    assert without.keys() == weights.keys()
+    assert all(torch.equal(without[name], weights[name]) for name in without)
