@@ -28,13 +28,16 @@ def fit(config: dict, folder: Path, *args: str) -> tuple[list[dict], dict[str, t
     return rows, weights, (run / "training.log").read_text()
 
 
-def test_ddp_equals_one_process(config, tmp_path):
-    config["trainer"] |= {"max_steps": 12, "val_check_interval": 6}
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_equal_one_process(config, tmp_path, strategy):
+    config["trainer"] |= {"max_steps": 12, "val_check_interval": 6, "gradient_clip_val": 0.5}
+    config["model"] |= {"attention": {}, "layerwise": {}, "contrastive": {"tokens_per_row": 8, "queue_size": 200}}
     config["curriculum"] = {"feature": [[0.2, 0.0], [0.5, 0.1]], "attention": [[0.5, 0.0], [0.6, 0.1]]}
+    config["curriculum"] |= {"layerwise": [[0.3, 0.0], [0.5, 0.1]], "contrastive": [[0.3, 0.0], [0.5, 0.1]]}
     config["data"]["per_device_batch_size"] = 4
     one = fit(config, tmp_path / "one")
     config["data"]["per_device_batch_size"] = 2
-    two = fit(config, tmp_path / "two", "--trainer.strategy", "ddp", "--trainer.devices", "2")
+    two = fit(config, tmp_path / "two", "--trainer.strategy", strategy, "--trainer.devices", "2")
     compared = 0
     for ours, theirs in zip(one[0], two[0], strict=True):
         for name in ours:
