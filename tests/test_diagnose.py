@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -364,7 +365,7 @@ def test_six_components_in_three_phases(fit, capsys):
 
 def test_kd_alone_with_accumulation_and_warm_up(fit, config):
     config["model"]["routing"] = None
-    run = fit(*"--trainer.accumulate_grad_batches 2 --model.warmup_steps 4 --model.lm_loss false".split())
+    run = fit(*["--trainer.accumulate_grad_batches", "2", "--model.warmup_steps", "4", "--model.lm_loss", "false"])
     assert names(diagnose(run)) == []
 
 
@@ -372,6 +373,24 @@ def test_a_moe_teacher_with_slow_schedules(fit, config, assets):
     config["model"] |= {"teacher": str(assets / "qwen3_moe"), "routing": {"teacher_layers": 1}}
     config["curriculum"] = {"temperature": [[0.0, 4.0], [1.0, 1.0]], "top_k_experts": [[0.0, 2.0], [1.0, 4.0]]}
     assert names(diagnose(fit())) == []
+
+
+def test_a_run_that_is_still_going_is_healthy_at_every_moment(fit, config, tmp_path):
+    config["trainer"]["val_check_interval"] = 3
+    run = Path(fit())
+    blocks = re.split(r"(?<=\n)\n(?=\n)", (run / "training.log").read_text())
+    header, *rows = (run / "metrics.csv").read_text().splitlines(keepends=True)
+    step = header.rstrip().split(",").index("step")
+    part = tmp_path / "part"
+    part.mkdir()
+    (part / "config.yaml").write_text((run / "config.yaml").read_text())
+    assert len(blocks) > 30
+    for number in range(1, len(blocks) + 1):
+        text = "\n".join(blocks[:number])
+        last = max(int(found) for found in re.findall(r"Step (\d+)", text))
+        (part / "training.log").write_text(text)
+        (part / "metrics.csv").write_text(header + "".join(r for r in rows if int(r.split(",")[step]) <= last))
+        assert names(diagnose(str(part))) == [], number
 
 
 # Quoted lines and the earlier trainer's log

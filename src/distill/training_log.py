@@ -18,6 +18,7 @@ KIND = {"C": "CURRICULUM", "K": "KD LOSS", "R": "ROUTING LOSSES", "T": "TRAIN DE
 STEP = re.compile(r"\bstep\s*[:=]?\s*(\d+)", FLAGS)
 PROGRESS = re.compile(r"\bprogress\s*[:=]?\s*(\d+(?:\.\d+)?)\s*%", FLAGS)
 PHASE = re.compile(r"\bphase\s*[:=]?\s*(\d)", FLAGS)
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 RULE = re.compile(r"={10,}\s*$")
 
 COMPONENT = re.compile(r"\b([a-z]\w*_loss)\b['\"`]?", FLAGS)
@@ -137,7 +138,7 @@ def read(text: str) -> TrainingLog:
     Returns:
         What was recognised, possibly nothing.
     """
-    log = TrainingLog(text.split("\n"), [], [])
+    log = TrainingLog(COLOUR.sub("", text).split("\n"), [], [])
     reader = _Reader(log)
     for number, line in enumerate(log.lines, start=1):
         headings = _split(HEADING, line)

@@ -70,8 +70,7 @@ def healthy(run: Run, names: set[str]) -> list[str]:
     sentences = []
     debug, evaluations = run.log.of("TRAIN DEBUG"), run.log.of("Eval")
     said = weights_said(run)
-    zero = {key for key in LATER for entry in said.get(key, []) if entry.rank == 0 and entry.value.value == 0}
-    zero |= {key for key in LATER for entry in said.get(key, []) if entry.rank and entry.value.value == 0}
+    zero = {key for key in LATER if key in said and any(entry.value.value == 0 for entry in said[key].entries)}
     if zero and "routing bypass" not in names:
         keys = ", ".join(key for key in LATER if key in zero)
         sentences.append(

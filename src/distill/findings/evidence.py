@@ -8,6 +8,7 @@ import csv
 import math
 import sys
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,7 +47,7 @@ class Finding:
     fix: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """What there is to judge.
 
@@ -169,6 +170,7 @@ def shorten(evidence: list[str]) -> list[str]:
     return [*unique[:QUOTED], *([f"and {more} more"] if more > 0 else [])]
 
 
+@lru_cache(maxsize=1)  # several rules ask
 def raw_readings(run: Run) -> dict[str, list[tuple[int, float]]]:
     """Component -> `(step, raw value)` in training, from the metrics and the log, by step."""
     readings: dict[str, dict[int, float]] = {}

@@ -89,8 +89,8 @@ def jumps(run: Run) -> list[Finding]:
 def jump(run: Run, control: str, column: str) -> tuple[str, list[str]] | None:
     """The first change of `control` at which `column` moves at least four times as much as it usually does.
 
-    Four times the median of its moves elsewhere is what noise hardly reaches; below 10 % nobody sees a jump. The medians
-    of three values on either side must differ as well, so that one odd batch is no jump.
+    Four times the median of its moves elsewhere is what noise hardly reaches; below 10 % nobody sees a jump. The
+    medians of three values on either side must differ as well, so that one odd batch is no jump.
     """
     set_to = {point.step: point for point in run.metrics.get(control, [])}
     points = [point for point in run.metrics.get(column, []) if point.step in set_to and point.value > 0]

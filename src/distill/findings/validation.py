@@ -8,7 +8,7 @@ import math
 from typing import TypeVar
 
 from distill.findings.evidence import Finding, Run, raw_readings, shorten
-from distill.findings.printed import listed, same, total_of, weight_at, weights_said
+from distill.findings.printed import listed, same, total_of, weight_near, weight_there, weights_said
 from distill.findings.weights import UNKNOWN_RAW, bypassing
 from distill.training_log import Block, Figure, weight_key
 
@@ -24,10 +24,11 @@ def eval_bypass(run: Run) -> list[Finding]:
     for block in run.log.of("Eval"):
         scaled: list[Figure] = []
         for name, parts in block.components.items():
-            entries = [s for s in said.get(weight_key(name), []) if s.rank == 0 or s.line is None]
-            if parts.weight:  # near is not good enough where a weight above zero may be rising
-                entries = [s for s in entries if s.step == block.step] if name not in bypasses else []
-            weight = weight_at(run, entries, block)
+            weights = said.get(weight_key(name))
+            # Near is good enough for a weight of zero, not for one that may be rising.
+            weight = weight_there(weights, block, rank=1) if parts.weight else weight_near(run, weights, block)
+            if name in bypasses:
+                weight = None
             if parts.weight and weight and not same(parts.weight, weight.value):
                 names.append(name)
                 evidence += [weight.text, run.quote(block, parts.weight)]
@@ -68,38 +69,40 @@ def eval_bypass(run: Run) -> list[Finding]:
 
 
 def train_eval_gap(run: Run) -> list[Finding]:
-    """Validation and training on the same weighting, compared as totals and told by component."""
+    """The last validation and the training before it on the same weighting, as totals and told by component.
+
+    Lower than the training it counts only where training was read at least three times, lately: losses fall.
+    """
     raw = raw_readings(run)
     for block in reversed(run.log.of("Eval")):
-        rows = []
-        for name, parts in block.components.items():
-            readings = since(run, block, raw.get(name, [])) if block.step is not None else []
-            if parts.weight and parts.weight.value > 0 and parts.raw and math.isfinite(parts.raw.value) and readings:
-                rows.append((name, parts, readings))
-        if not rows:
+        step = -1 if block.step is None else block.step
+        parts, latest = [], step
+        for name, values in block.components.items():
+            readings = since(run, block, raw.get(name, [])) if step >= 0 else []
+            weight = values.weight.value if values.weight else 0.0
+            if weight > 0 and values.raw is not None and math.isfinite(values.raw.value) and readings:
+                parts.append((weight, values.raw, readings))
+                latest = min(latest, max((at for at, _ in raw[name] if at <= step), default=-1))
+        if not parts:
             continue
-        weighed = [(parts.weight.value, parts.raw.value, readings) for _, parts, readings in rows]  # type: ignore[union-attr]
-        validation = sum(weight * value for weight, value, _ in weighed)
-        high = sum(weight * max(readings) for weight, _, readings in weighed)
-        low = sum(weight * min(readings) for weight, _, readings in weighed)
-        many = min(len(readings) for _, _, readings in weighed) >= 3
-        if validation > GAP * high or (many and validation * GAP < low):
-            reference = high if validation > high else low
-            pick = max if validation > high else min
-            split = [f"{run.quote(block, parts.raw)} (training: raw {pick(seen):.4f})" for _, parts, seen in rows]
-            return [
-                Finding(
-                    "train/eval gap",
-                    f"On the same weighting validation is {validation / reference:.1f} x training "
-                    f"({validation:.4f} against {reference:.4f}) at step {block.step}.",
-                    shorten(split),
-                    "the weights agree, so validation measures otherwise (another temperature, sparsity or mask), or "
-                    "the data differ, or the student has learned the training text by heart",
-                    "look at the component with the largest gap: give validation the training step's temperature, "
-                    "targets and masks; if these agree, take more data or stop at the best val/kl_div_T1",
-                )
-            ]
-        break
+        validation = sum(weight * figure.value for weight, figure, _ in parts)
+        high, low = (sum(weight * pick(readings) for weight, _, readings in parts) for pick in (max, min))
+        many = min(len(readings) for _, _, readings in parts) >= 3 and latest >= 0.9 * step
+        if not (validation > GAP * high or (many and validation * GAP < low)):
+            return []
+        pick, training = (max, high) if validation > high else (min, low)
+        return [
+            Finding(
+                "train/eval gap",
+                f"On the same weighting validation is {validation / training:.1f} x training "
+                f"({validation:.4f} against {training:.4f}) at step {step}.",
+                shorten([f"{run.quote(block, figure)} (training: raw {pick(seen):.4f})" for _, figure, seen in parts]),
+                "the weights agree, so validation measures otherwise (another temperature, sparsity or mask), or the "
+                "data differ, or the student has learned the training text by heart",
+                "look at the component with the largest gap: give validation the training step's temperature, targets "
+                "and masks; if these agree, take more data or stop at the best val/kl_div_T1",
+            )
+        ]
     return []
 
 

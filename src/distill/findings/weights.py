@@ -1,9 +1,10 @@
 """Every component is weighed as the curriculum says: none contributes at weight zero, and scaled = raw x weight."""
 
+from functools import lru_cache
 from itertools import zip_longest
 
 from distill.findings.evidence import Finding, Run, shorten
-from distill.findings.printed import Said, listed, product, same, weight_at, weights_said
+from distill.findings.printed import listed, product, same, weight_near, weight_there, weights_said
 from distill.training_log import Block, Figure, weight_key
 
 UNKNOWN_RAW = 1000.0  # a raw value that was not printed is taken to be at most this
@@ -26,13 +27,14 @@ def routing_bypass(run: Run) -> list[Finding]:
     ]
 
 
+@lru_cache(maxsize=1)  # several rules ask
 def bypassing(run: Run) -> dict[str, list[str]]:
     """Components that bypass a weight of zero, each with the lines that show it."""
     said = weights_said(run)
     found: dict[str, list[str]] = {}
     for block in run.log.of("TRAIN DEBUG"):
         for name, parts in block.components.items():
-            weight = weight_at(run, said.get(weight_key(name), []), block)
+            weight = weight_near(run, said.get(weight_key(name)), block)
             if parts.scaled is None or weight is None or weight.value.value != 0:
                 continue
             raw = raw_near(run, name, block)
@@ -44,7 +46,7 @@ def bypassing(run: Run) -> dict[str, list[str]]:
             found.setdefault(suspect[0], []).extend([*lines, *suspect[1:]])
     for block in run.log.of("ROUTING LOSSES", "KD LOSS"):
         for name, parts in block.components.items():
-            weight = curriculum_says(run, said, name, block)
+            weight = weight_there(said.get(weight_key(name)), block, rank=0)
             if parts.weight and weight and weight.value.value == 0 and not same(parts.weight, weight.value):
                 found.setdefault(name, []).extend([weight.text, run.quote(block, parts.weight)])
             if parts.weight and parts.weight.value == 0 and parts.scaled:
@@ -66,7 +68,7 @@ def wrong_weight(run: Run) -> list[Finding]:
             if parts.raw and parts.scaled and not same(parts.scaled, product(parts.raw, parts.weight)):
                 lines = dict.fromkeys(run.quote(block, figure) for figure in (parts.raw, parts.weight, parts.scaled))
                 found.setdefault(name, []).extend(lines)
-            weight = curriculum_says(run, said, name, block)
+            weight = weight_there(said.get(weight_key(name)), block, rank=0)
             if weight and block.kind != "Eval" and not same(weight.value, parts.weight):
                 found.setdefault(name, []).extend([weight.text, run.quote(block, parts.weight)])
     if not found:
@@ -80,12 +82,6 @@ def wrong_weight(run: Run) -> list[Finding]:
             "compute scaled = raw x weight in one place, with the weights of the curriculum's state",
         )
     ]
-
-
-def curriculum_says(run: Run, said: dict[str, list[Said]], component: str, block: Block) -> Said | None:
-    """What a CURRICULUM block says of a component's weight at the block's own step."""
-    entries = [s for s in said.get(weight_key(component), []) if s.rank == 0 and s.step == block.step]
-    return weight_at(run, entries, block)
 
 
 def hidden(run: Run, block: Block) -> tuple[str, str] | None:
