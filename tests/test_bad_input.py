@@ -10,6 +10,8 @@ import pytest
 import torch
 import yaml
 
+from chat_templates import PLAIN, UNSTABLE
+
 
 def edit(config: dict, path: str, value) -> None:
     *parents, last = path.split(".")
@@ -69,6 +71,12 @@ def refused(config, tmp_path, monkeypatch, capfd):
         ("data.sequence_length", 4096, r"data.sequence_length.*4096"),
         ("data.per_device_batch_size", 0, r"data.per_device_batch_size.*0"),
         ("data.validation_split", 1.5, r"data.validation_split.*1.5"),
+        ("data.format", "tokns", r"data.format: tokns is not one of 'auto', 'text'"),
+        ("data.format", "messages", r"data.messages_column: 'messages' is no column of .*text.txt"),
+        ("data.dataset", [{"dataset": "text.txt", "weight": 0}], r"data.dataset\[0\].weight: 0 must be above 0"),
+        ("data.dataset", [{"dataset": "text.txt", "wieght": 1}], r"data.dataset\[0\].wieght: .*did you mean 'weight'"),
+        ("data.group_by_length", True, r"data.group_by_length: true with data.packing true"),
+        ("data.chat_template", "none.jinja", r"data.chat_template: 'none.jinja' is neither"),
         ("model.teacher", "package://no_such_package/file", r"model.teacher.*no_such_package.*pip install"),
         ("model.teacher", "./no_such_folder", r"model.teacher.*no_such_folder"),
     ],
@@ -120,6 +128,45 @@ def test_all_labels_masked(config, refused, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": ""}) for _ in range(50)))
     config["data"]["dataset"] = str(tmp_path / "rows.jsonl")
     assert "data." in refused()
+
+
+def chats(config: dict, path: Path, *messages: tuple[str, str]) -> None:
+    """Makes the data 50 times one conversation of (role, content)."""
+    row = {"messages": [{"role": role, "content": content} for role, content in messages]}
+    path.write_text((json.dumps(row) + "\n") * 50)
+    config["data"]["dataset"] = str(path)
+
+
+def test_conversations_without_a_template(config, refused, tmp_path):
+    chats(config, tmp_path / "chats.jsonl", ("user", "question"), ("assistant", "answer"))
+    assert re.search(
+        r"data.chat_template: null, and the tokenizer .*llama' has none of its own; give a Jinja", refused()
+    )
+
+
+def test_conversations_without_an_answer(config, refused, tmp_path):
+    chats(config, tmp_path / "chats.jsonl", ("user", "question"))
+    config["data"]["chat_template"] = PLAIN
+    assert "data.dataset: all labels of 50 documents are masked (no completion" in refused()
+
+
+def test_a_template_whose_completions_cannot_be_told(config, refused, tmp_path):
+    thinking = ("assistant", "<think>first</think>answer")
+    chats(config, tmp_path / "chats.jsonl", ("user", "question"), thinking, ("user", "again"), thinking)
+    config["data"] |= {"chat_template": UNSTABLE, "sequence_length": 64}
+    assert re.search(r"data.chat_template: document 0: .*message 1 .*data.completion_only_loss to false", refused())
+
+
+def test_streams_without_an_end_or_a_choice(config, refused):
+    config["data"]["streaming"] = True
+    config["trainer"] |= {"max_steps": -1, "max_epochs": 1}
+    assert "data.streaming: true gives data without an end; set trainer.max_steps" in refused()
+    config["trainer"]["max_steps"] = 3
+    config["data"]["max_sequences"] = 10
+    assert "data.max_sequences: 10 of a stream is unknown; limit trainer.max_steps instead" in refused()
+    del config["data"]["max_sequences"]
+    config["data"]["dataset"] = [{"dataset": config["data"]["dataset"]}] * 2
+    assert "data.dataset: streams have no known length to be mixed by; give every part a weight" in refused()
 
 
 def test_another_tokenizer(config, refused, assets, tmp_path):

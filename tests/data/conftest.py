@@ -3,6 +3,8 @@
 import datasets
 import pytest
 
+from chat_templates import PLAIN
+
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
@@ -19,3 +21,22 @@ def tokenizer(assets):
     from distill.models import load_tokenizer
 
     return load_tokenizer(str(assets / "llama"))
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer(assets):
+    """The tiny tokenizer with two tokens and a template for turns; 322 ids."""
+    from distill.models import load_tokenizer
+
+    tokenizer = load_tokenizer(str(assets / "llama"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = PLAIN
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def chat_folder(chat_tokenizer, tmp_path_factory):
+    """That tokenizer on disk."""
+    folder = tmp_path_factory.mktemp("chat_tokenizer")
+    chat_tokenizer.save_pretrained(folder)
+    return folder

@@ -67,7 +67,11 @@ def sources_of(dataset: str | list[str | dict[str, Any]], **defaults: Any) -> li
     names = [part for part in parts if isinstance(part, str)]
     if not parts:
         raise UserError("data.dataset: []; name at least one source")
-    sources = [Source(names)] if len(names) == len(parts) else [_part(*numbered) for numbered in enumerate(parts)]
+    sources = (
+        [Source(dataset if isinstance(dataset, str) else names)]
+        if len(names) == len(parts)
+        else [_part(*numbered) for numbered in enumerate(parts)]
+    )
     weights = [source.weight for source in sources]
     for place, weight in enumerate(weights):
         if weight is not None and not 0 < weight < float("inf"):

@@ -2,11 +2,12 @@
 
 `datasets` reads documents and remembers its place; blocks of them are packed and shuffled at once, so a place is the
 one before a block and the number of rows that were taken of it. Each worker of each rank is a reader of its own with
-its share of the files, or of the blocks where there are fewer files than readers. The price of blocks: rows are
-shuffled within `block` documents only, and what does not fill a row at the end of a block leaves it short.
+its share of the files or, where these cannot be dealt out evenly, of the blocks. The price of blocks: rows are shuffled
+within `block` documents only, what does not fill a row at the end of a block leaves it short, and readers that share
+the same files each read them whole, though they encode only their own blocks.
 
-A reader starts over when its share ends, with the files in another order; readers whose shares differ in size do so at
-different times.
+A reader starts over when its share ends, with the files in another order. Shares differ by a file's or a block's size,
+so readers start over at different times.
 
 Letters: W ranks.
 """
@@ -82,7 +83,7 @@ class Stream:
             UserError: a whole pass has no row.
         """
         epoch, source, number, skip = place["at"] if place else (0, None, 0, 0)
-        shared = self.documents.num_shards >= readers
+        shared = self.documents.num_shards % readers == 0
         if shared:
             documents = self.documents.shard(readers, reader, contiguous=False)
         else:
@@ -104,7 +105,7 @@ class Stream:
                 if not shared and number <= reader:
                     raise UserError(
                         f"data.shuffle_buffer: {self.block} documents make {number} blocks for {readers} readers "
-                        "(ranks x workers); lower it, or give at least as many files"
+                        "(ranks x workers); lower it, or give a multiple of them in files"
                     )
                 raise no_labels(
                     "data.dataset", number * self.block, self.packer.sequence_length, form_of(list(self.columns))
