@@ -510,3 +510,8 @@ def test_bad_input(tmp_path, monkeypatch, files, source, message):
         Path(name).write_text(text)
     with pytest.raises(UserError, match=message):
         diagnose(source)
+
+
+def test_a_wrong_argument_is_one_line():
+    with pytest.raises(UserError, match=r"unrecognized arguments: --jsn; see distill diagnose --help"):
+        main(["run", "--jsn"])

@@ -4,12 +4,12 @@ Rules that compare figures which must reconcile come first; those over time foll
 script should read `--json`, whose names are stable, and not the text.
 """
 
-import argparse
 import json
 import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+from distill.commands.arguments import Parser
 from distill.findings import rates, totals, trends, validation, weights
 from distill.findings.evidence import Finding, Run, load
 from distill.findings.printed import LATER, listed, weights_said
@@ -134,7 +134,11 @@ def main(arguments: list[str]) -> int:
     Returns:
         Exit code: 0 healthy, 1 findings.
     """
-    parser = argparse.ArgumentParser("distill diagnose", description="Tells why a run's loss is what it is.")
+    parser = Parser(
+        prog="distill diagnose",
+        description="Tells in plain words why a run's loss is what it is: findings with evidence lines, cause and fix.",
+        epilog="Exit code: 0 healthy, 1 findings, 2 nothing there to judge.",
+    )
     parser.add_argument("source", metavar="RUN_OR_LOG", help="run directory, training.log, or - for standard input")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of text")
     options = parser.parse_args(arguments)
