@@ -6,9 +6,7 @@ be planned on this one. The price: the time of a step is that of one row here, t
 """
 
 import math
-import os
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -16,7 +14,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 
@@ -33,12 +30,11 @@ from distill.check_tables import (
     titled,
     vocabulary_table,
 )
-from distill.cut import cut_layers
 from distill.errors import UserError
-from distill.live_bytes import Shape, skeleton
 from distill.memory_estimate import MemoryEstimate, estimate_memory, forward_flops, trace
 from distill.metrics import DistillationMetrics
 from distill.optim import horizon_of
+from distill.plan import Plan, device_gib, head_size, matmul_tflops, shape_of, skeletons
 from distill.preflight import (
     Vocabulary,
     alignment_rows,
@@ -49,48 +45,9 @@ from distill.preflight import (
     vocabulary_findings,
 )
 
-VALIDATED_ROWS = 4
+VALIDATED_ROWS, VALIDATING_S = 8, 2.0  # rows at most, and no further one after so many seconds
+ASSUMED_TFLOPS = 100.0  # that an accelerator reaches which is not here
 MARGIN = 1.1  # what allocators and libraries take beyond the estimate
-
-
-@dataclass
-class Plan:
-    """What a run is asked to be, wherever it will run.
-
-    Args:
-        devices: data-parallel ranks.
-        sharded: whether the strategy is FSDP2.
-        accelerated: whether the devices are something else than CPUs.
-        weights: whether models are loaded.
-        device_memory_gib: of each device; None = this one's.
-        tflops: that a device reaches, in 10^12 operations per second; None = measured.
-    """
-
-    devices: int = 1
-    sharded: bool = False
-    accelerated: bool = False
-    weights: bool = True
-    device_memory_gib: float | None = None
-    tflops: float | None = None
-
-    @staticmethod
-    def asked_by(trainer: Mapping[str, Any]) -> dict[str, Any]:
-        """`devices`, `sharded` and `accelerated` from the keyword arguments of a trainer."""
-        strategy, accelerator = trainer.get("strategy"), trainer.get("accelerator") or "auto"
-        sharded = strategy == "fsdp2" or isinstance(strategy, ModelParallelStrategy)
-        accelerated = accelerator != "cpu" and (accelerator != "auto" or torch.cuda.is_available())
-        devices = trainer.get("devices") or "auto"
-        if isinstance(devices, list):
-            count = len(devices)
-        elif devices in ("auto", -1, "-1"):
-            count = torch.cuda.device_count() if accelerated else 1
-        else:
-            count = int(devices)
-        return {
-            "devices": max(1, count) * int(trainer.get("num_nodes") or 1),
-            "sharded": sharded,
-            "accelerated": accelerated,
-        }
 
 
 @dataclass
@@ -138,12 +95,12 @@ def check(trainer: L.Trainer, module: Any, datamodule: Any, plan: Plan) -> list[
         console.print(f"{missing} holds no weights: shown is what a configuration alone can tell.")
         plan.weights = False
     horizon = _attach(this)
-    teacher, student = _skeletons(this)
+    teacher, student = skeletons(module, str(trainer.precision))
     _vocabularies(this, teacher.config, student.config)
     rows = getattr(datamodule, "validation_rows", None)
     seconds = None
     if rows is not None:
-        _example(this, min(_head_size(teacher), _head_size(student)))
+        _example(this, min(head_size(teacher), head_size(student)))
         if plan.weights:
             seconds = _measure(this)
     show(console, curriculum_table(this.curriculum, module.components, horizon))
@@ -193,33 +150,10 @@ def _attach(this: Check) -> int:
     return horizon
 
 
-def _skeletons(this: Check) -> tuple[Any, Any]:
-    """Teacher and student without memory, in the dtypes that the run gives them."""
-    module, sources = this.module, this.module.student_sources
-    remote = module.load_options["trust_remote_code"]
-    precision = str(this.trainer.precision)
-    learns = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}.get(
-        precision, torch.float32
-    )
-    frozen = getattr(torch, module.teacher_dtype, None)
-    if module.teacher_dtype == "auto":
-        frozen = {"32-true": torch.float32, "64-true": torch.float64}.get(precision, torch.bfloat16)
-    config = models.load_config(module.teacher_source, trust_remote_code=remote)
-    teacher = skeleton(config, frozen or torch.float32, remote)
-    if sources["student_layers"] is not None:
-        return teacher, cut_layers(skeleton(config, learns, remote), sources["student_layers"])
-    source = sources["student"] if sources["student_config"] is None else sources["student_config"]
-    vocab_size = None if sources["student_config"] is None else _head_size(teacher)
-    student = models.load_config(source, vocab_size=vocab_size, trust_remote_code=remote, key="model.student")
-    return teacher, skeleton(student, learns, remote)
-
-
-def _head_size(model: Any) -> int:
-    return int(model.get_output_embeddings().weight.shape[0])
-
-
 def _vocabularies(this: Check, teacher: Any, student: Any) -> None:
     tokenizer = getattr(this.datamodule, "tokenizer", None)
+    if tokenizer is not None and len(tokenizer) <= len(tokenizer.all_special_tokens):
+        tokenizer = None  # what transformers makes of a folder without tokenizer files
     sides = [
         Vocabulary(name, config.get_text_config(decoder=True).vocab_size, special_ids(config))
         for name, config in (("teacher", teacher), ("student", student))
@@ -239,18 +173,19 @@ def _example(this: Check, vocab_size: int) -> None:
 def _measure(this: Check) -> float:
     """What the models make of a few validation rows; returns seconds of forward and backward for one row."""
     module, metrics = this.module, DistillationMetrics().to(this.module.device)
-    batches = [
-        to_device(b, module.device) for b in islice(single_rows(this.datamodule.validation_rows), VALIDATED_ROWS)
-    ]
     module.curriculum = this.curriculum.state_at(0, 1)
+    batches, start = [], time.perf_counter()
     with torch.no_grad(), this.trainer.precision_plugin.forward_context():
-        for batch in batches:
-            stats = module.losses(batch, share=1.0, metrics=True).token_stats
-            metrics.update(stats, batch["bytes"])
+        for row in islice(single_rows(this.datamodule.validation_rows), VALIDATED_ROWS):
+            batches.append(to_device(row, module.device))
+            stats = module.losses(batches[-1], share=1.0, metrics=True).token_stats
+            metrics.update(stats, row["bytes"])
+            if time.perf_counter() > start + VALIDATING_S:
+                break
     figures = {name: float(value) for name, value in metrics.compute().items()}
-    unigram = counting_nll(this.datamodule, batches, _head_size(this.teacher))
+    unigram = counting_nll(this.datamodule, batches, head_size(this.teacher))
     if "teacher_nll" in figures:
-        this.findings += teacher_findings(figures["teacher_nll"], unigram, _head_size(this.teacher))
+        this.findings += teacher_findings(figures["teacher_nll"], unigram, head_size(this.teacher))
     title = f"{len(batches)} validation rows before training"
     table = titled(title, "", "teacher", "student", "counting tokens")
     for name, key, counting in (("perplexity", "perplexity", math.exp(unigram)), ("nats per token", "nll", unigram)):
@@ -275,17 +210,8 @@ def _measure(this: Check) -> float:
 
 def _memory(this: Check, teacher: Any, student: Any) -> None:
     """Estimates for the strategies that the devices allow, against what a device has."""
-    plan, module, trainer = this.plan, this.module, this.trainer
-    mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(trainer.precision))
-    shape = Shape(
-        this.datamodule.per_device_batch_size,
-        this.datamodule.sequence_length,
-        autocast=mixed,
-        on_cpu=not plan.accelerated,
-        chunk_size=module.chunk_size,
-        packed=this.datamodule.packing,
-        checkpointing=module.gradient_checkpointing,
-    )
+    plan, module = this.plan, this.module
+    shape = shape_of(module, this.datamodule, str(this.trainer.precision), not plan.accelerated)
     extra = sum(p.numel() for name, p in module.named_parameters() if not name.startswith("student."))
 
     def estimate(devices: int, sharded: bool) -> MemoryEstimate:
@@ -307,13 +233,6 @@ def _memory(this: Check, teacher: Any, student: Any) -> None:
         )
 
 
-def device_gib(device: torch.device) -> float:
-    """Memory of a device; of a CPU that of the machine."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory / GIB
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-
-
 def _time(this: Check, teacher: Any, student: Any, row_s: float | None, horizon: int) -> None:
     """What a step costs: measured on one row where there is one, else operations at the rate of a device."""
     data, module, plan = this.datamodule, this.module, this.plan
@@ -323,14 +242,17 @@ def _time(this: Check, teacher: Any, student: Any, row_s: float | None, horizon:
     flops = forward_flops(teacher, tokens, data.sequence_length)
     flops += passes * forward_flops(student, tokens, data.sequence_length)
     text = f"Time: {tokens:,} tokens and {flops / 1e12:,.2f} x 10^12 operations a step and device, "
-    if row_s is not None and plan.tflops is None:
+    elsewhere = plan.accelerated and module.device.type == "cpu"
+    if row_s is not None and plan.tflops is None and not elsewhere:
         step_s = row_s * rows
         text += f"about {step_s:,.1f} s (one row took {row_s:.2f} s forward and backward)"
     else:
-        tflops = plan.tflops or matmul_tflops(module.device)
+        tflops = plan.tflops or (ASSUMED_TFLOPS if elsewhere else matmul_tflops(module.device))
         step_s = flops / (tflops * 1e12)
         text += f"{step_s:,.2f} s at {tflops:,.2f} x 10^12 a second"
-        text += "" if plan.tflops else ", which is this machine's matrix product; --tflops says what yours reaches"
+        if plan.tflops is None:
+            text += ", which is assumed" if elsewhere else ", which is this machine's matrix product"
+            text += " (--tflops says what yours reaches)"
     total_s = step_s * horizon
     unit, size = next((pair for pair in (("h", 3600), ("min", 60)) if total_s >= 2 * pair[1]), ("s", 1))
     shown = f"{total_s / size:,.1f} {unit}"
@@ -343,12 +265,3 @@ def _time(this: Check, teacher: Any, student: Any, row_s: float | None, horizon:
             f"of {data.sequence_length}; the run reads them {epochs:,.2f} times.",
             soft_wrap=True,
         )
-
-
-def matmul_tflops(device: torch.device, size: int = 1024) -> float:
-    """10^12 operations per second of a fp32 matrix product."""
-    square = torch.ones(size, size, device=device)
-    square @ square
-    start = time.perf_counter()
-    (square @ square).sum().item()
-    return 2 * size**3 / (time.perf_counter() - start) / 1e12

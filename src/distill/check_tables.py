@@ -118,10 +118,11 @@ def needs_of(module: Any, component: str) -> tuple[str, str]:
     routing = module.routing
     settings = routing.settings()
     layers = settings["teacher_layers"] or routing.teacher_layers
+    teacher = f"{layers} teacher layers" if isinstance(layers, int) else f"teacher layers {layers}"
     experts = f"{settings['num_experts']} experts" if settings["num_experts"] else "experts"
     reads = f"student layers {settings['student_layers'] or 'at the same depths'}"
     if component != "routing_load_balancing_loss":
-        reads = f"{experts} of teacher layers {layers}, {reads}"
+        reads = f"{experts} of {teacher}, {reads}"
     count = sum(parameter.numel() for parameter in routing.trained_by(component))
     heads = "projections" if component == "routing_feature_matching_loss" else "gate probes"
     return reads, f"{heads}, {count:,}" if count else ""

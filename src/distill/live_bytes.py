@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from distill.cut import cut_layers
 from distill.errors import UserError
@@ -109,7 +116,7 @@ def trace_student(student: PreTrainedModel, shape: Shape) -> tuple[int, int]:
         Bytes of activations after the forward pass; bytes at the peak of the backward pass, the new gradients and that
         of the head included. Neither counts the weights.
     """
-    model, factor = _traceable(student)
+    model, factor = _traceable(student, shape)
     model.train()
     if shape.checkpointing:
         model.activation_checkpointing_enable()
@@ -143,7 +150,7 @@ def trace_teacher(teacher: PreTrainedModel, shape: Shape) -> int:
         teacher = cut_layers(teacher, list(range(few)))
     except UserError:  # a rhythm of layers that four of them do not have
         pass
-    model, factor = _traceable(teacher)
+    model, factor = _traceable(teacher, shape)
     mode = FakeTensorMode()
     parameters = _without_storage(model.eval(), mode)
     with torch.no_grad(), mode, LiveBytes() as live:
@@ -154,13 +161,24 @@ def trace_teacher(teacher: PreTrainedModel, shape: Shape) -> int:
     return round((live.peak - start) * factor)
 
 
+def _without_mask(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
+    """transformers' fused attention as it is called where rows need no mask, which a trace does not see by itself."""
+    return sdpa_attention_forward(module, query, key, value, None, **options)
+
+
+AttentionInterface.register("distill_trace", _without_mask)
+AttentionMaskInterface.register("distill_trace", lambda *args, **options: None)
+
+
 def _autocast(shape: Shape) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", shape.autocast) if shape.autocast is not None else nullcontext()
 
 
-def _traceable(model: PreTrainedModel) -> tuple[PreTrainedModel, float]:
+def _traceable(model: PreTrainedModel, shape: Shape) -> tuple[PreTrainedModel, float]:
     """A copy to trace, and what its bytes count: the shape rule of grouped experts knows bf16 alone."""
     model = copy.deepcopy(model)
+    if not shape.packed and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("distill_trace")
     dtype = next(model.parameters()).dtype
     if not any(".experts." in name for name, _ in model.named_parameters()) or dtype == torch.bfloat16:
         return model, 1.0

@@ -125,8 +125,6 @@ def trace(student: PreTrainedModel, teacher: PreTrainedModel | None, shape: Shap
         shape: of a micro-batch.
     """
     activations, backward = trace_student(student, shape)
-    if shape.packed:
-        activations += shape.rows * shape.length**2  # the mask that keeps documents apart
     teacher_pass = trace_teacher(teacher, shape) if teacher is not None else 0
     return Parts(activations, backward, teacher_pass, engine_bytes(student, teacher, shape))
 

@@ -51,6 +51,7 @@ def special_ids(owner: Any) -> dict[str, Any]:
 def vocabulary_findings(tokenizer: Vocabulary, models: Sequence[Vocabulary]) -> list[str]:
     """What does not fit between the ids of the text and those of the models."""
     found = []
+    odd: dict[str, list[str]] = {}
     for model in models:
         if model.size < tokenizer.size:
             found.append(
@@ -60,10 +61,10 @@ def vocabulary_findings(tokenizer: Vocabulary, models: Sequence[Vocabulary]) -> 
         for key in SPECIAL[:2]:  # which id pads does not matter, padding is masked
             own, theirs = tokenizer.ids(key), model.ids(key)
             if own and theirs and not set(own) & set(theirs):
-                found.append(
-                    f"{model.name}: {key} is {theirs[0]} in its configuration and {own[0]} in the tokenizer: a student "
-                    "that is exported would not know where a text begins or ends"
-                )
+                what = f"{key} is {theirs[0]} in the configuration and {own[0]} in the tokenizer"
+                odd[what] = [*odd.get(what, []), model.name]
+    for what, names in odd.items():
+        found.append(f"{' and '.join(names)}: {what}: an exported student would not know where a text begins or ends")
     if not tokenizer.ids("eos_token_id"):
         found.append("tokenizer: it has no end-of-sequence id, so the student never learns to stop")
     return found

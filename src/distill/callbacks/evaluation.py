@@ -13,11 +13,11 @@ from rich.table import Table
 from distill.callbacks.text import emit, run_directory
 
 TABLE = (
-    "val/loss",
     "val/kl_div_T1",
     "val/student_nll",
     "val/student_perplexity",
     "val/top1_agreement",
+    "val/top5_agreement",
     "val/ece",
     "val/bits_per_byte",
 )
@@ -29,13 +29,15 @@ class Evaluation(Callback):
     """Prints each validation's loss with raw value, weight and scaled value of its components, and a closing table.
 
     Components of weight zero are not measured in validation: their raw value is nan, their weight and scaled value 0.
-    The closing table compares with the untrained student where `trainer.num_sanity_val_steps` is -1, which makes the
-    check before training a whole validation, and with the first validation otherwise.
+    The closing table has the weight-free metrics, since the total moves with its weights. It compares with the student
+    before training where `trainer.num_sanity_val_steps` is -1, which makes the check before training a whole
+    validation; otherwise with the first validation, and with none where there was only one.
     """
 
     def __init__(self) -> None:
         self.directory: str | None = None
         self.first: dict[str, float] = {}
+        self.first_step = 0
         self.last: dict[str, float] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
@@ -52,19 +54,31 @@ class Evaluation(Callback):
             scaled = raw * weight if weight > 0 else 0.0
             lines.append(f"    {name}: raw {raw:.4f}, weight {weight:.4f}, scaled {scaled:.4f}")
         emit(trainer, self.directory, "\n".join(["", *lines, ""]))
-        self.first = self.first or metrics
+        if not self.first:
+            self.first, self.first_step = metrics, trainer.global_step
         self.last = metrics
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not self.last or not trainer.is_global_zero:
             return
-        table = Table(title="Validation", title_justify="left")
-        for heading in ("metric", "before", "after", "teacher"):
-            table.add_column(heading, justify="left" if heading == "metric" else "right")
+        several = self.first is not self.last
+        columns = {"after" if several else f"step {trainer.global_step:,}": self.last}
+        if several:
+            columns = {f"step {self.first_step:,}" if self.first_step else "before": self.first} | columns
+        columns["teacher"] = {name: self.last[theirs] for name, theirs in TEACHER.items() if theirs in self.last}
+        table = Table("validation")
+        for heading in columns:
+            table.add_column(heading, justify="right")
         for name in TABLE:
-            teacher = self.last.get(TEACHER.get(name, ""))
-            values = (self.first.get(name), self.last.get(name), teacher)
-            table.add_row(name, *("" if value is None else f"{value:.4f}" for value in values))
+            if name in self.last:
+                table.add_row(name, *(shown(values.get(name)) for values in columns.values()))
         Console().print(table)
         if self.directory is not None:
             Console().print(f"Run directory: {self.directory}", soft_wrap=True, highlight=False)
+
+
+def shown(value: float | None) -> str:
+    """Four decimals, none where they would say nothing."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4f}"

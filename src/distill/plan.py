@@ -1,0 +1,118 @@
+"""What a run is meant for, and its parts before they are built: devices, models without memory, shape of a micro-batch.
+
+Read from configurations alone, so that a run for other machines can be planned on this one. The price: rules that the
+module has for dtypes are known here too.
+"""
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from distill import models
+from distill.cut import cut_layers
+from distill.live_bytes import Shape, skeleton
+
+GIB = 2**30
+
+
+@dataclass
+class Plan:
+    """What a run is asked to be, wherever it will run.
+
+    Args:
+        devices: data-parallel ranks.
+        sharded: whether the strategy is FSDP2.
+        accelerated: whether the devices are something else than CPUs.
+        weights: whether models are loaded.
+        device_memory_gib: of each device; None = this one's.
+        tflops: that a device reaches, in 10^12 operations per second; None = measured.
+    """
+
+    devices: int = 1
+    sharded: bool = False
+    accelerated: bool = False
+    weights: bool = True
+    device_memory_gib: float | None = None
+    tflops: float | None = None
+
+    @staticmethod
+    def asked_by(trainer: Mapping[str, Any]) -> dict[str, Any]:
+        """`devices`, `sharded` and `accelerated` from the keyword arguments of a trainer."""
+        strategy, accelerator = trainer.get("strategy"), trainer.get("accelerator") or "auto"
+        sharded = strategy == "fsdp2" or isinstance(strategy, ModelParallelStrategy)
+        accelerated = accelerator != "cpu" and (accelerator != "auto" or torch.cuda.is_available())
+        devices = trainer.get("devices") or "auto"
+        if isinstance(devices, list):
+            count = len(devices)
+        elif devices in ("auto", -1, "-1"):
+            count = torch.cuda.device_count() if accelerated else 1
+        else:
+            count = int(devices)
+        return {
+            "devices": max(1, count) * int(trainer.get("num_nodes") or 1),
+            "sharded": sharded,
+            "accelerated": accelerated,
+        }
+
+
+def head_size(model: Any) -> int:
+    """Ids of a model's head."""
+    return int(model.get_output_embeddings().weight.shape[0])
+
+
+def skeletons(module: Any, precision: str) -> tuple[Any, Any]:
+    """Teacher and student of a DistillationModule without memory, in the dtypes that a run gives them.
+
+    Args:
+        module: its models need not be built.
+        precision: of the trainer.
+    """
+    sources, remote = module.student_sources, module.load_options["trust_remote_code"]
+    whole = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+    learns = whole.get(precision, torch.float32)
+    if module.teacher_dtype == "auto":
+        frozen = {"32-true": torch.float32, "64-true": torch.float64}.get(precision, torch.bfloat16)
+    else:
+        frozen = getattr(torch, module.teacher_dtype)
+    config = models.load_config(module.teacher_source, trust_remote_code=remote)
+    teacher = skeleton(config, frozen, remote)
+    if sources["student_layers"] is not None:
+        return teacher, cut_layers(skeleton(config, learns, remote), sources["student_layers"])
+    source = sources["student"] if sources["student_config"] is None else sources["student_config"]
+    vocab_size = None if sources["student_config"] is None else head_size(teacher)
+    student = models.load_config(source, vocab_size=vocab_size, trust_remote_code=remote, key="model.student")
+    return teacher, skeleton(student, learns, remote)
+
+
+def shape_of(module: Any, datamodule: Any, precision: str, on_cpu: bool) -> Shape:
+    """What a device sees at a time."""
+    return Shape(
+        datamodule.per_device_batch_size,
+        datamodule.sequence_length,
+        autocast={"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision),
+        on_cpu=on_cpu,
+        chunk_size=module.chunk_size,
+        packed=datamodule.packing,
+        checkpointing=module.gradient_checkpointing,
+    )
+
+
+def device_gib(device: torch.device) -> float:
+    """Memory of a device; of a CPU that of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / GIB
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+
+
+def matmul_tflops(device: torch.device, size: int = 1024) -> float:
+    """10^12 operations per second of a fp32 matrix product."""
+    square = torch.ones(size, size, device=device)
+    square @ square
+    start = time.perf_counter()
+    (square @ square).sum().item()
+    return 2 * size**3 / (time.perf_counter() - start) / 1e12
