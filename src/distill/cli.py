@@ -11,6 +11,7 @@ import sys
 # of the module of its name in `distill.commands`.
 TRAINER = {
     "fit": "distil, as a configuration says",
+    "check": "show what a run would read, compute and need, and what looks wrong, before it is started",
     "validate": "validate a checkpoint with the weights that training had there",
     "test": "the same on the test data",
 }

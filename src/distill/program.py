@@ -8,16 +8,15 @@ import logging
 import os
 import re
 import shutil
+import sys
 import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
-from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.callbacks import ProgressBar as LightningBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from distill.callbacks.audit import LossAudit
@@ -25,18 +24,21 @@ from distill.callbacks.curriculum import Curriculum
 from distill.callbacks.evaluation import Evaluation
 from distill.callbacks.gradients import Gradients
 from distill.callbacks.last_checkpoint import LastCheckpoint
+from distill.callbacks.preflight import Preflight
 from distill.callbacks.progress import ProgressBar
 from distill.callbacks.resume import ExactResume
 from distill.callbacks.step_dumps import CurriculumDump, KDLossDump, RoutingLossesDump
 from distill.callbacks.train_debug import TrainDebug
-from distill.checkpoint_files import AtomicCheckpointIO, find_last, is_whole
+from distill.checkpoint_files import find_last, is_whole
 from distill.data.datamodule import DistillationDataModule
 from distill.errors import RunError, UserError, did_you_mean
 from distill.module import DistillationModule
+from distill.trainer import DistillTrainer
 
 # Key -> class of the callbacks, in the order in which they print; on by default but for those of OFF.
 CALLBACKS: dict[str, type[Callback]] = {
     "progress": ProgressBar,
+    "preflight": Preflight,
     "audit": LossAudit,
     "train_debug": TrainDebug,
     "curriculum_dump": CurriculumDump,
@@ -46,36 +48,6 @@ CALLBACKS: dict[str, type[Callback]] = {
     "gradients": Gradients,
 }
 OFF = {"gradients"}
-
-
-class DistillTrainer(L.Trainer):
-    """Lightning's Trainer with two loggers in one run directory; our sampler does the distribution over ranks.
-
-    Args:
-        logger: null = CSV and TensorBoard in one directory, `lightning_logs/version_N`; false = none.
-        use_distributed_sampler: must stay false, the datamodule distributes the rows itself.
-        kwargs: of `lightning.Trainer`.
-    """
-
-    def __init__(
-        self,
-        *args: Any,
-        logger: Logger | list[Logger] | bool | None = None,
-        use_distributed_sampler: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        self.fresh_directory: str | None = None  # where nothing was before this trainer
-        if logger is None or logger is True:
-            root = kwargs.get("default_root_dir") or os.getcwd()
-            csv = CSVLogger(root, name="lightning_logs")
-            logger = [csv, TensorBoardLogger(root, name="lightning_logs", version=csv.version)]
-            self.fresh_directory = None if Path(csv.log_dir).exists() else csv.log_dir
-        plugins = kwargs.pop("plugins", None) or []
-        plugins = list(plugins) if isinstance(plugins, list) else [plugins]
-        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            plugins.append(AtomicCheckpointIO())
-        sampler = use_distributed_sampler
-        super().__init__(*args, logger=logger, use_distributed_sampler=sampler, plugins=plugins, **kwargs)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -118,6 +90,7 @@ def shorten(message: str) -> str:
     )
     if union:
         errors = [error for error in union[1].split(" - ") if "NoneType" not in error]
+        errors = [error for error in errors if not error.startswith("Expected a <class '")] or errors
         given = text.rpartition("Given value: ")[2]
         text = text[: union.start()] + ", or ".join(errors) + f" (given: {given})"
     text = re.sub(r"Parser key \"([\w.]+)\"", r"\1", text)
@@ -126,6 +99,17 @@ def shorten(message: str) -> str:
 
 class DistillCLI(LightningCLI):
     """LightningCLI of the one module and the one datamodule."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = kwargs.get("args")
+        self.called = (sys.argv[1:] if given is None else given)[:1]
+        super().__init__(*args, **kwargs)
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The one that is called, or all where it is none: the parser of each takes a third of a second to build."""
+        known = {name: LightningCLI.subcommands()[name] for name in ("fit", "validate", "test")}
+        known["check"] = {"model", "datamodule"}
+        return {name: skip for name, skip in known.items() if self.called == [name]} or known
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(Curriculum, "curriculum")
@@ -189,7 +173,12 @@ class DistillCLI(LightningCLI):
             config["enable_progress_bar"] = False
         if config.get("enable_checkpointing") is False:
             extra = [callback for callback in extra if not isinstance(callback, Checkpoint)]
-        return self._instantiate_trainer(config, extra)
+        if self.subcommand != "check":
+            return self._instantiate_trainer(config, extra)
+        here = {"accelerator": "auto", "devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
+        trainer = self._instantiate_trainer(config | here, extra)
+        trainer.asked = config  # type: ignore[attr-defined]
+        return trainer
 
 
 def run(args: list[str] | None = None) -> DistillCLI:
@@ -205,7 +194,7 @@ def run(args: list[str] | None = None) -> DistillCLI:
             DistillationDataModule,
             save_config_callback=SaveConfig,
             trainer_class=DistillTrainer,
-            trainer_defaults={"log_every_n_steps": 10},
+            trainer_defaults={"log_every_n_steps": 10, "enable_model_summary": False},
             seed_everything_default=0,
             parser_class=Parser,
             parser_kwargs={"prog": "distill"},
@@ -216,7 +205,7 @@ def run(args: list[str] | None = None) -> DistillCLI:
     except (ValueError, MisconfigurationException) as error:
         if (ours := told(error)) is not None:
             raise ours from None
-        if isinstance(error, MisconfigurationException) or "val_check_interval" in str(error):
+        if isinstance(error, MisconfigurationException) or re.search("val_check_interval|Does not vali", str(error)):
             raise UserError(f"trainer: {shorten(str(error))}") from error
         raise
     except RuntimeError as error:
@@ -235,5 +224,10 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message="The dirpath has changed from")  # every run has a directory of its own
     warnings.filterwarnings("ignore", message="Precision .* is not supported by the model summary")
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
+    chatter = re.compile(
+        r"Tip:|^[GTHI]PU available|^Seed set|^Using .* Precision|^`Trainer\.\w+` stopped|^Loading `train_dataloader`"
+        r"|^`weights_only` was not set"
+    )
+    names = ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed")
+    for name in (*names, "pytorch.trainer.connectors.checkpoint_connector"):
+        logging.getLogger(f"lightning.{name}").addFilter(lambda record: not chatter.search(record.getMessage()))
