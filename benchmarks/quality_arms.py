@@ -1,7 +1,8 @@
 """The arms of quality.py: each says in a few keys how it differs, everything else is the same for all.
 
 The weights are the defaults' own: 0.7 KD + 0.3 LM at temperature 2, other losses at the height that the three-phase
-curriculum ends with. The price is that a loss which only helps at another weight counts as a null here.
+curriculum ends with, where their gradients are a hundredth to a tenth of KD's; so each is tried at ten times that too.
+The price is that a loss which only helps at yet another weight counts as a null here.
 """
 
 from collections.abc import Callable
@@ -83,9 +84,9 @@ def routing(*names: str, **options: Any) -> dict[str, Any]:
     return {"routing": {"losses": losses, "teacher_layers": 2, **options}}
 
 
-def single(key: str, model: dict[str, Any]) -> Arm:
-    """KD and one more loss, at the weight where the three phases end."""
-    return Arm(model, OFF | {key: ON[key]})
+def single(key: str, model: dict[str, Any], times: float = 1.0) -> Arm:
+    """KD and one more loss, at the weight where the three phases end or so many times that."""
+    return Arm(model, OFF | {key: times * ON[key]})
 
 
 def feature(**options: Any) -> Arm:
@@ -116,9 +117,16 @@ def moe_arms(draws: int) -> dict[str, Arm]:
         "kd + attention": single("attention", {"attention": {}}),
         "kd + layerwise": single("layerwise", {"layerwise": {}}),
         "kd + contrastive": single("contrastive", {"contrastive": {}}),
+        "kd + 10 x feature matching": single("feature", routing("feature_matching"), 10),
+        "kd + 10 x expert importance": single("feature", routing("expert_importance"), 10),
+        "kd + 10 x attention alignment": single("attention", routing("attention_alignment"), 10),
+        "kd + 10 x attention": single("attention", {"attention": {}}, 10),
+        "kd + 10 x layerwise": single("layerwise", {"layerwise": {}}, 10),
+        "kd + 10 x contrastive": single("contrastive", {"contrastive": {}}, 10),
         "all constant": Arm(every_loss, ON),
         "three phases": Arm(every_loss),
         "reversed phases": Arm(every_loss, REVERSED),
+        "kd without lm": Arm(curriculum=OFF | {"kd": 1.0, "lm": 0.0}),
         "temperature 4 to 1": Arm(curriculum=OFF | {"temperature": [[0.0, 4.0], [1.0, 1.0]]}),
         "temperature 1 to 4": Arm(curriculum=OFF | {"temperature": [[0.0, 1.0], [1.0, 4.0]]}),
         "full": sparse(),
