@@ -8,7 +8,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from distill.errors import UserError
@@ -45,6 +45,39 @@ def cut_layers(teacher: PreTrainedModel, layers: int | list[int], key: str = "mo
     student.config.use_cache = False
     _check_describes(student, kept, key)
     return student.requires_grad_(True).train()
+
+
+@torch.no_grad()
+def most_important_layers(teacher: PreTrainedModel, count: int, ids_BL: Tensor) -> list[int]:
+    """The layers that change their input most, ascending.
+
+    A layer's influence is 1 - cos(state before it, state after it), averaged over tokens [Block Influence of ShortGPT,
+    arXiv 2403.03853, section 3.2].
+
+    Args:
+        teacher: in eval mode, left untouched.
+        count: how many layers to keep.
+        ids_BL: token ids to measure on.
+
+    Raises:
+        UserError: more layers than the teacher has.
+    """
+    stack = _layer_stack(teacher, "model.student_layers")
+    _kept_layers(count, len(stack), "model.student_layers")
+    influence: list[Tensor] = []
+
+    def after(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        before_BLD = args[0] if args else kwargs["hidden_states"]
+        after_BLD = output[0] if isinstance(output, tuple) else output
+        influence.append(1 - torch.cosine_similarity(before_BLD.float(), after_BLD.float(), dim=-1).mean())
+
+    handles = [layer.register_forward_hook(after, with_kwargs=True) for layer in stack]
+    try:
+        teacher.get_decoder()(input_ids=ids_BL.to(teacher.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sorted(torch.stack(influence).topk(count).indices.tolist())
 
 
 def _layer_stack(model: PreTrainedModel, key: str) -> nn.ModuleList:

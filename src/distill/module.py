@@ -21,8 +21,10 @@ from transformers import PreTrainedModel
 from distill import checkpoints, models, students
 from distill.breakdown import WEIGHT_KEY, LossBreakdown
 from distill.curriculum import WEIGHT_KEYS, CurriculumState
+from distill.cut import most_important_layers
 from distill.errors import UserError
 from distill.idle import IdleParameters
+from distill.lora import LoRA
 from distill.losses.attention import AttentionTransfer
 from distill.losses.contrastive import Contrastive
 from distill.losses.engine import KDLoss
@@ -34,7 +36,7 @@ from distill.objective import UNIT, Losses, objective
 from distill.optim import CONFIGURED, adamw, configuration_wins, horizon_of, warmup_cosine
 from distill.steps import StepSums, Throughput
 from distill.strategies import check_sharded, check_strategy, local_sum, shard_model, shard_module, whole_norm
-from distill.teachers.online import OnlineTeacher
+from distill.teachers.online import OnlineTeacher, quantize
 
 
 class DistillationModule(L.LightningModule):
@@ -43,7 +45,9 @@ class DistillationModule(L.LightningModule):
     Args:
         teacher: hub id, folder, GGUF file or `package://name/file` of a causal language model.
         student: the same for the student's weights; or leave it out and give one of the next two.
-        student_layers: cut the student from the teacher's layers: a number of evenly spaced ones or a list of indices.
+        student_layers: cut the student from the teacher's layers: a number of them or a list of indices.
+        student_layers_by: which a number of layers are: evenly spaced ones, or those that change their input most on
+            the first training rows.
         student_config: start from random weights: a folder with a config.json, or the config's keys.
         kd_loss: options of `kd_loss`; null = off.
         lm_loss: whether next-token cross-entropy is a component.
@@ -60,6 +64,10 @@ class DistillationModule(L.LightningModule):
         teacher_top_k: experts per token of a MoE teacher's forward pass, which makes the target of `kd_loss`: a number,
             native or all. Routing losses read the states of the same pass and choose by the native number all the same.
         teacher_dtype: auto = the trainer's precision where that is 32-true or 64-true, else bfloat16.
+        teacher_quantization: int8 = the weights of the teacher's linear layers in eight bits (torchao), but the head's;
+            products stay in `teacher_dtype`. Experts fused into one tensor stay as they are.
+        torch_compile: compile both decoders; with losses on vocabulary alone, since the others watch layers from
+            outside.
         gradient_checkpointing: recompute the student's activations in the backward pass.
         matmul_precision: of float32 matrix products (`torch.set_float32_matmul_precision`). On CPUs with bf16 units
             "medium" runs them in bf16 with float32 results; on GPUs "high" is TF32.
@@ -73,7 +81,9 @@ class DistillationModule(L.LightningModule):
         teacher: str,
         student: str | None = None,
         student_layers: int | list[int] | None = None,
+        student_layers_by: Literal["even", "importance"] = "even",
         student_config: str | dict[str, Any] | None = None,
+        lora: LoRA | None = None,
         kd_loss: KDLoss | None = KDLoss(),  # noqa: B008  (frozen)
         lm_loss: bool = True,
         routing: Routing | None = None,
@@ -88,6 +98,8 @@ class DistillationModule(L.LightningModule):
         min_learning_rate_ratio: float = 0.01,
         teacher_top_k: int | Literal["native", "all"] = "native",
         teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        teacher_quantization: Literal["int8"] | None = None,
+        torch_compile: bool = False,
         gradient_checkpointing: bool = False,
         matmul_precision: Literal["highest", "high", "medium"] = "highest",
         chunk_size: int | None = None,
@@ -107,6 +119,11 @@ class DistillationModule(L.LightningModule):
             raise UserError(
                 "model.kd_loss: null with lm_loss false and no other loss leaves nothing to train: give a loss"
             )
+        if torch_compile and any(loss is not None for loss in others):
+            raise UserError(
+                "model.torch_compile: true with losses on layers (routing, attention, layerwise, contrastive), which "
+                "watch them from outside: set it to false or leave those losses out"
+            )
         for key, rate in (("learning_rate", learning_rate), ("router_learning_rate", router_learning_rate)):
             if rate is not None and not rate > 0:
                 raise UserError(f"model.{key}: {rate} must be above 0")
@@ -123,6 +140,8 @@ class DistillationModule(L.LightningModule):
             raise UserError(f"model.chunk_size: {chunk_size} must be at least 1 (null = by a byte budget)")
         self.teacher_source = teacher
         self.student_sources: dict[str, Any] = given
+        self.student_layers_by = student_layers_by
+        self.lora = lora
         self.kd_loss = kd_loss
         self.routing = routing
         self.attention, self.layerwise, self.contrastive = attention, layerwise, contrastive
@@ -134,6 +153,7 @@ class DistillationModule(L.LightningModule):
         self.min_learning_rate_ratio = min_learning_rate_ratio
         self.teacher_top_k = teacher_top_k
         self.teacher_dtype = teacher_dtype
+        self.teacher_quantization, self.torch_compile = teacher_quantization, torch_compile
         self.gradient_checkpointing = gradient_checkpointing
         self.matmul_precision = matmul_precision
         self.chunk_size = chunk_size
@@ -180,12 +200,17 @@ class DistillationModule(L.LightningModule):
         target = getattr(torch, dtype)
         loaded = torch.float32 if self.student_sources["student_layers"] is not None else target
         teacher = models.load_model(self.teacher_source, dtype=loaded, key="model.teacher", **self.load_options)
-        self.student = models.build_student(teacher, self.teacher_source, **self.student_sources, **self.load_options)
+        sources = self.student_sources
+        if self.student_layers_by == "importance" and isinstance(count := sources["student_layers"], int):
+            sources = sources | {"student_layers": most_important_layers(teacher, count, self._calibration_ids())}
+        self.student = models.build_student(teacher, self.teacher_source, **sources, **self.load_options)
         check_lm_head(teacher, lm_head_of(teacher))
         check_lm_head(self.student.eval(), lm_head_of(self.student))  # dropout would look like another head
         if getattr(getattr(self.trainer, "datamodule", None), "packing", False):
             models.check_packing(teacher, "model.teacher")
             models.check_packing(self.student, "model.student")
+        if self.lora is not None:
+            self.lora.add_to(self.student)
         if self.gradient_checkpointing:
             self.student.activation_checkpointing_enable()
         self.student.train()
@@ -203,6 +228,8 @@ class DistillationModule(L.LightningModule):
             self._ddp_params_and_buffers_to_ignore = names
         self._idle = IdleParameters(self.student, self.auxiliaries)
         self.teacher = OnlineTeacher(teacher.to(target), self.teacher_top_k)
+        if self.teacher_quantization is not None:
+            quantize(teacher)
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             mesh = self.trainer.strategy.device_mesh["data_parallel"]
             shard_model(teacher, mesh)
@@ -210,6 +237,17 @@ class DistillationModule(L.LightningModule):
             for module in self.auxiliaries:
                 shard_module(module, mesh)
             check_sharded(self)
+        if self.torch_compile:
+            self.student.get_decoder().compile()
+            teacher.get_decoder().compile()
+
+    def _calibration_ids(self) -> Tensor:
+        """Token ids [B, L] of the first training rows."""
+        rows = getattr(getattr(self.trainer, "datamodule", None), "train_rows", None)
+        if rows is None:
+            raise UserError("model.student_layers_by: importance is measured on rows of a table; for streams set even")
+        first = [torch.as_tensor(rows[index]["input_ids"]) for index in range(min(8, len(rows)))]
+        return nn.utils.rnn.pad_sequence(first, batch_first=True)
 
     @property
     def features(self) -> list[AttentionTransfer | Layerwise | Contrastive]:
@@ -437,6 +475,8 @@ class DistillationModule(L.LightningModule):
             "model.teacher_top_k": self.teacher_top_k,
             **{f"model.{key}": value for key, value in self.student_sources.items()},
             "model.kd_loss": asdict(self.kd_loss) if self.kd_loss is not None else None,
+            "model.student_layers_by": self.student_layers_by,
+            "model.lora": asdict(self.lora) if self.lora is not None else None,
             "model.lm_loss": "lm_loss" in self.components,
             "model.routing": self.routing.settings() if self.routing is not None else None,
             "model.attention": self.attention.settings() if self.attention is not None else None,

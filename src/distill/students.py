@@ -26,6 +26,7 @@ from transformers import (
 
 from distill import checkpoints, models
 from distill.errors import UserError
+from distill.lora import LoRA
 from distill.sources import quiet_transformers
 
 
@@ -65,6 +66,7 @@ def record(module: Any) -> dict[str, Any]:
         "student": {
             "config": plain(module.student.config.to_dict()),
             "generation_config": plain(generation.to_dict()),
+            "lora": dataclasses.asdict(module.lora) if module.lora is not None else None,
             "tokenizer": str(Path(source).resolve()) if Path(source).exists() else source,
         },
         "run": {
@@ -180,6 +182,9 @@ def restore(
     weights = {name.removeprefix("student."): value for name, value in state.items() if name.startswith("student.")}
     floating = next((value.dtype for value in weights.values() if value.is_floating_point()), torch.float32)
     with quiet_transformers():
+        if described.get("lora") is not None:
+            plain_model = AutoModelForCausalLM.from_config(config, dtype=floating)
+            weights = LoRA(**described["lora"]).merged(plain_model, weights).state_dict()
         with torch.device("meta"):
             kind = type(AutoModelForCausalLM.from_config(config))
         model, info = kind.from_pretrained(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, device, nn
 from transformers import PreTrainedModel
 
+from distill.errors import UserError
 from distill.teachers.find_experts import set_experts_per_token
 from distill.trace import Needs, Trace, trace
 
@@ -47,3 +48,20 @@ class OnlineTeacher:
     def hidden(self, batch: Mapping[str, Any]) -> Tensor:
         """Last hidden state `[B, L, D]` of the batch, after the final norm, before the head."""
         return self.trace(batch).last_BLD
+
+
+def quantize(model: PreTrainedModel) -> None:
+    """Turns the weights of the linear layers into int8 with a scale per row, in place; the output head stays whole.
+
+    Raises:
+        UserError: torchao is not installed.
+    """
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise UserError(
+            "model.teacher_quantization: torchao is not installed; run pip install "
+            "'student-aware-distillation[quantization]'"
+        ) from error
+    head = model.get_output_embeddings()
+    quantize_(model, Int8WeightOnlyConfig(), lambda module, name: isinstance(module, nn.Linear) and module is not head)
