@@ -9,7 +9,7 @@ the right way, not what a long run of a large model gains.
 
     python benchmarks/quality.py                           # the small MoE teacher, every arm, four seeds
     python benchmarks/quality.py --teacher smol            # SmolLM2-135M: CE, KD, three phases
-    python benchmarks/quality.py --only ce,kd --seeds 8    # some arms, more seeds
+    python benchmarks/quality.py --only ce kd --seeds 8    # some arms, more seeds
     python benchmarks/quality.py --tables                  # only tables and verdicts of what is there
 """
 
@@ -206,7 +206,7 @@ def verdicts(runs: Runs, smol: Runs) -> tuple[list[str], bool]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", choices=["moe", "smol"], default="moe")
-    parser.add_argument("--only", help="arms, separated by commas")
+    parser.add_argument("--only", nargs="+", metavar="ARM", help="names of arms, in quotes where they have spaces")
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--tables", action="store_true")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -224,7 +224,9 @@ def main() -> int:
             print(f"{arguments.results} has runs of another teacher or size; move it away first", file=sys.stderr)
             return 2
         arms = moe_arms(facts["draws"]) if arguments.teacher == "moe" else smol_arms()
-        chosen = [arm.strip() for arm in arguments.only.split(",")] if arguments.only else list(arms)
+        chosen = arguments.only or list(arms)
+        if unknown := [name for name in chosen if name not in arms]:
+            parser.error(f"--only: {unknown[0]!r} is none of: {'; '.join(arms)}")
         sweep = [(arm, SWEEP_SEED, rate) for arm, rates in SWEPT[arguments.teacher].items() for rate in rates]
         for name, seed, rate in [*sweep, *((arm, seed, None) for seed in range(arguments.seeds) for arm in chosen)]:
             swept = rate is not None
