@@ -1,6 +1,5 @@
 """A run broken off at any point that a checkpoint is written at goes on to the unbroken run's bits."""
 
-import csv
 import sys
 from pathlib import Path
 
@@ -11,10 +10,8 @@ from lightning.pytorch.callbacks import Callback
 
 from distill.callbacks.curriculum import Curriculum
 from distill.callbacks.last_checkpoint import LastCheckpoint
-from distill.callbacks.resume import ExactResume, random_state, set_random_state
-from distill.checkpoint_files import find_last, is_whole, write
+from distill.callbacks.resume import ExactResume
 from distill.data.datamodule import DistillationDataModule
-from distill.errors import RunError
 from distill.losses.routing import Routing
 from distill.module import DistillationModule
 from distill.program import DistillTrainer, quieten
@@ -121,10 +118,14 @@ def assert_resumes_everywhere(fit, everywhere, monkeypatch, least: int, **option
         assert resumed.seen == rest, path.name
 
 
-
-def test_from_every_point_of_two_epochs(fit, everywhere, monkeypatch):
-    assert_resumes_everywhere(fit, everywhere, monkeypatch, 14, limit_train_batches=4, val_check_interval=2)
-
-
-def test_from_every_point_with_accumulation_and_a_short_last_window(fit, everywhere, monkeypatch):
-    assert_resumes_everywhere(fit, everywhere, monkeypatch, 8, accumulate_grad_batches=3)
+@pytest.mark.parametrize("end", [{"max_epochs": 2}, {"max_epochs": None, "max_steps": 5}], ids=["epochs", "steps"])
+@pytest.mark.parametrize(
+    ("least", "options"),
+    [
+        (7, {"accumulate_grad_batches": 3}),  # validation at the epoch's end, after a window of one micro-batch
+        (7, {"accumulate_grad_batches": 2, "val_check_interval": 4}),  # none at the epoch's end
+    ],
+    ids=["validation-last", "validation-within"],
+)
+def test_from_every_point(fit, everywhere, monkeypatch, least, options, end):
+    assert_resumes_everywhere(fit, everywhere, monkeypatch, least, **options, **end)

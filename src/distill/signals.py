@@ -20,7 +20,6 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received = 0
-        self.deferred = False  # before training there is nothing to save: stop at once
         self._before: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
@@ -38,8 +37,6 @@ class StopSignals:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
-        if not self.deferred:
-            raise SystemExit(128 + number)
 
 
 class Agreement:

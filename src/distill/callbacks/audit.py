@@ -7,8 +7,8 @@ gradient), so neither weights nor moments ever hold it. The price: a run in whic
 that step when it stops, and a dropped step still counts as a step for the curriculum and `max_steps`.
 
 Reads: the breakdown and total that the steps return, the tensor handed to `backward`, the Curriculum callback's state.
-Writes: `pl_module.drop_nonfinite` and `pl_module.skipped_steps`, which logs it; `nonfinite_batch.pt` in the run directory
-of the first batch that is not finite; the scheduler's place, which a dropped step does not move.
+Writes: `pl_module.drop_nonfinite` and `pl_module.skipped_steps`, which it logs; the first batch that is not finite, to
+`nonfinite_batch.pt` in the run directory; the scheduler's place, which a dropped step does not move.
 """
 
 from dataclasses import dataclass

@@ -50,13 +50,14 @@ class LastCheckpoint(Checkpoint):
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         self.directory = Path(run_directory(trainer) or trainer.default_root_dir, "checkpoints")
-        if trainer.state.fn == TrainerFn.FITTING:
-            self.signals.install()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.agreement, self.horizon = Agreement(), horizon_of(trainer)
         self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
-        self.signals.deferred = True
+        if trainer.received_sigterm:  # before the first step, noted by Lightning, which would not save
+            trainer._signal_connector.received_sigterm = False
+            self.signals.received = signal.SIGTERM
+        self.signals.install()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         loop = trainer.fit_loop.epoch_loop
@@ -82,7 +83,7 @@ class LastCheckpoint(Checkpoint):
             self._stop(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if self._is_fitting(trainer):
+        if self._is_fitting(trainer) and trainer.global_step < self.horizon:  # the last one: at the end of the epoch
             self._save(trainer)
             self._stop(trainer)
 
@@ -115,7 +116,7 @@ class LastCheckpoint(Checkpoint):
         """Writes `last.ckpt` and keeps the one before, each moved to its name when it is complete."""
         if trainer.global_step != self.saved_step:
             new, last, previous = (self.directory / f"{name}.ckpt" for name in ("new", "last", "previous"))
-            trainer.save_checkpoint(new)
+            trainer.save_checkpoint(new, weights_only=False)
             if trainer.is_global_zero:
                 if last.exists():
                     remove(previous)

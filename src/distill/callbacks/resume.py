@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loops.evaluation_loop import RestartStage
+from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.utilities import rank_zero_warn
 
 
@@ -61,6 +62,11 @@ class ExactResume(Callback):
             loop = trainer.fit_loop.epoch_loop.val_loop
             loop.batch_progress.reset_on_run()
             loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
+        fit, epochs = trainer.fit_loop, trainer.fit_loop.epoch_progress
+        if epochs.current.processed == epochs.current.started:  # saved at an epoch's end, so the next begins
+            epochs.current.completed, epochs.total.completed = epochs.current.processed, epochs.total.processed
+            _Loop.restarting.fset(fit, False)  # type: ignore[attr-defined]  # under max_steps `fit` keeps it True
+            fit.reset_restart_stage()
         ranks = self.loaded["random"]
         if len(ranks) != trainer.world_size:
             rank_zero_warn(
