@@ -1,0 +1,90 @@
+"""Any Lightning logger takes the place of the default ones: the same names, and everything else in one directory."""
+
+import csv
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.loggers import CSVLogger, Logger
+
+from training_log import parse
+
+ALWAYS = {"train/loss", "train/kd_loss", "curriculum/kd", "train/grad_norm", "val/loss", "val/kl_div_T1", "val/ece"}
+
+
+class Recorder(Logger):
+    """Keeps in memory what it is given, and has no directory of its own."""
+
+    def __init__(self, version: str | None = None) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self._version = version
+
+    @property
+    def name(self) -> str:
+        return "recorder"
+
+    @property
+    def version(self) -> str | int:
+        return self._version or 3
+
+    def log_metrics(self, metrics, step=None) -> None:
+        self.names |= metrics.keys()
+
+    def log_hyperparams(self, params, *args, **kwargs) -> None:
+        """There are none."""
+
+
+def logger(path: str, **init_args) -> dict:
+    return {"class_path": path, "init_args": init_args}
+
+
+def run_of(distill, config, directory: str):
+    """A short run, and its directory, in which nothing may be missing and beside which nothing may lie."""
+    config["trainer"] |= {"max_steps": 3}
+    cli = distill("fit", config)
+    run = Path(directory)
+    kinds = {block.kind for block in parse((run / "training.log").read_text())}
+    assert kinds == {"TRAIN DEBUG", "CURRICULUM", "KD LOSS", "ROUTING LOSSES", "Eval"}
+    assert (run / "config.yaml").exists()
+    assert list((run / "checkpoints").glob("*.ckpt"))
+    assert not Path("lightning_logs").exists()
+    return cli
+
+
+@pytest.mark.parametrize(("version", "folder"), [("abc", "abc"), (None, "version_3")])
+def test_a_logger_without_a_directory_gets_one_by_its_name_and_version(distill, config, version, folder):
+    config["trainer"]["logger"] = logger("test_loggers.Recorder", version=version)
+    names = run_of(distill, config, f"recorder/{folder}").trainer.logger.names
+    assert names >= ALWAYS
+
+
+def test_own_loggers_are_given_the_names_of_the_default_ones(distill, config):
+    config["trainer"]["logger"] = [
+        logger("lightning.pytorch.loggers.CSVLogger", save_dir="logs", name="mine"),
+        logger("test_loggers.Recorder"),
+    ]
+    first, second = run_of(distill, config, "logs/mine/version_0").trainer.loggers
+    assert isinstance(first, CSVLogger)
+    with Path(first.log_dir, "metrics.csv").open() as file:
+        header = set(next(csv.reader(file)))
+    assert header - {"step"} == second.names
+    assert second.names >= ALWAYS
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_mlflow_keeps_the_same_names_in_its_local_store(distill, config, monkeypatch, tmp_path):
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    options = {"experiment_name": "tried", "save_dir": "mlruns"}
+    config["trainer"]["logger"] = logger("lightning.pytorch.loggers.MLFlowLogger", **options)
+    config["trainer"] |= {"max_steps": 3}
+    cli = distill("fit", config)
+    run = tmp_path / "mlruns" / cli.trainer.logger.experiment_id / cli.trainer.logger.run_id
+    assert parse((run / "training.log").read_text())
+    metrics = run / "metrics"
+    names = {str(path.relative_to(metrics)) for path in metrics.rglob("*") if path.is_file()}
+    assert names >= ALWAYS
+    recorded = float((metrics / "val" / "kl_div_T1").read_text().split()[1])
+    assert recorded == pytest.approx(float(cli.trainer.callback_metrics["val/kl_div_T1"]), rel=1e-6)
+    assert not (tmp_path / "lightning_logs").exists()
