@@ -228,7 +228,8 @@ class DistillationDataModule(L.LightningDataModule):
         for stream in self.streams:
             rank_zero_info(describe_stream(*stream.first_block(), form_of(list(stream.columns)), self.sequence_length))
         elsewhere = validation_sources(self.sources, self.validation_split)
-        rows = validation_rows([opened(*where, 0.0) for where in elsewhere] or self.streams, self._validation_limit())
+        validating = [opened(*where, 0.0) for where in elsewhere] or self.streams
+        rows = validation_rows(validating, self.max_validation_sequences or STREAM_VALIDATION)
         if not rows:
             raise UserError(
                 f"data.validation_split: {self.validation_split} of the stream holds no rows; give a larger fraction, "
@@ -237,9 +238,6 @@ class DistillationDataModule(L.LightningDataModule):
         self.validation_rows = self._rows(Dataset.from_list(rows, features=FEATURES), np.arange(len(rows)))
         targets = self.validation_rows.units_R["tokens"].sum()
         rank_zero_info(f"Data: {len(rows):,} validation rows ({targets:,} targets).")
-
-    def _validation_limit(self) -> int:
-        return self.max_validation_sequences or STREAM_VALIDATION
 
     def teardown(self, stage: str) -> None:
         """Tells what was read of streams."""

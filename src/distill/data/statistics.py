@@ -45,8 +45,8 @@ def describe_stream(documents: int, rows: Sequence[Mapping[str, Any]], form: str
 
 
 def describe_read(counts: Mapping[str, int]) -> str:
-    """What a run has read of its streams."""
-    return f"Data: read {counts['documents']:,} documents; {_cut(counts)}."
+    """What rank zero has read of the streams."""
+    return f"Data: rank 0 read {counts['documents']:,} documents; {_cut(counts)}."
 
 
 def _cut(sums: Mapping[str, int]) -> str:
