@@ -26,8 +26,8 @@ def test_lora_trains_adapters_only_and_exports_a_plain_model(config, distill, as
     start = AutoModelForCausalLM.from_pretrained(assets / "llama")
     torch.testing.assert_close(student.model.embed_tokens.weight, start.model.embed_tokens.weight, rtol=0, atol=0)
     assert max(float(p.detach().abs().max()) for name, p in student.named_parameters() if "lora_B" in name) > 0
-    evaluations = [block.values["loss"] for block in parse(log_of(cli)) if block.kind == "Eval"]
-    assert evaluations[-1] < evaluations[0]
+    raw = [block.values["raw"] for block in parse(log_of(cli)) if block.kind == "KD LOSS"]
+    assert raw[-1] < raw[0]
 
     folder = tmp_path / "exported"
     export(str(cli.trainer.log_dir) + "/checkpoints/last.ckpt", str(folder))
@@ -122,12 +122,12 @@ def test_compiled_models_and_losses_on_layers_exclude_each_other(config, distill
 @pytest.mark.filterwarnings("default")
 def test_compiled_models_give_the_same_losses(config, distill):
     config["model"]["routing"] = None
-    config["trainer"]["max_steps"] = 4
+    config["trainer"]["max_steps"] = 2
     eager = distill("fit", config)
     config["model"]["torch_compile"] = True
     compiled = distill("fit", config)
     ours, theirs = (
         [block.values["raw"] for block in parse(log_of(cli)) if block.kind == "KD LOSS"] for cli in (compiled, eager)
     )
-    assert len(ours) == 4
+    assert len(ours) == 2
     assert ours == pytest.approx(theirs, rel=1e-4)
