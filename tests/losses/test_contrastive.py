@@ -212,16 +212,15 @@ def test_the_projection_learns_nothing_from_features_without_information(queue_s
     """Control: log of the number of keys is what any constant prediction costs at least, by convexity."""
     batch, teacher = make_batch([[16]] * 16, 16), tiny.tiny_qwen3_moe()
     loss = built(teacher=teacher, queue_size=queue_size, tokens_per_row=15).float()
+    batches = [make_batch([[15]] * 16, 16), batch]
     with torch.no_grad():
-        taught = trace(teacher, batch, loss.teacher_needs)
-        rest = make_batch([[15]] * 16, 16)
+        taught = [trace(teacher, each, loss.teacher_needs) for each in batches]
     optimizer, late = torch.optim.Adam(loss.parameters(), lr=1e-2), []
-    for step in range(150):
-        now = (batch, taught) if step % 2 else (rest, trace(teacher, rest, loss.teacher_needs))
+    for step in range(100):
         generator = torch.Generator().manual_seed(step)
         states = torch.randn(16, 16, 24, generator=generator)
-        value = loss(Trace(states, {2: states}, {}), now[1], now[0])
-        if step >= 120:
+        value = loss(Trace(states, {2: states}, {}), taught[step % 2], batches[step % 2])
+        if step >= 80:
             late.append(value.item())
         optimizer.zero_grad()
         value.backward()
