@@ -34,7 +34,7 @@ from distill.losses.routing import Routing
 from distill.metrics import DistillationMetrics
 from distill.objective import UNIT, Losses, objective
 from distill.optim import CONFIGURED, adamw, configuration_wins, horizon_of, warmup_cosine
-from distill.steps import StepSums, Throughput
+from distill.steps import StepSums, Throughput, peak_memory_gib
 from distill.strategies import check_sharded, check_strategy, local_sum, shard_model, shard_module, whole_norm
 from distill.teachers.online import OnlineTeacher, quantize
 
@@ -357,6 +357,7 @@ class DistillationModule(L.LightningModule):
             figures["curriculum/top_k_experts"] = float(state.top_k_experts or self.routing.native_k)
         figures["train/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]  # the student's, of this step
         figures["train/tokens_per_s"] = self._throughput.read()
+        figures["train/peak_memory_gib"] = peak_memory_gib(self.device)
         figures |= {f"routing/{name}": value for name, value in stats.items()}
         if self.skipped_steps is not None:
             figures["train/skipped_steps"] = float(self.skipped_steps)

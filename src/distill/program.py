@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
+import yaml
 from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.callbacks import ProgressBar as LightningBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -28,12 +29,13 @@ from distill.callbacks.preflight import Preflight
 from distill.callbacks.progress import ProgressBar
 from distill.callbacks.resume import ExactResume
 from distill.callbacks.step_dumps import CurriculumDump, KDLossDump, RoutingLossesDump
+from distill.callbacks.text import run_directory
 from distill.callbacks.train_debug import TrainDebug
 from distill.checkpoint_files import find_last, is_whole
 from distill.data.datamodule import DistillationDataModule
 from distill.errors import RunError, UserError, did_you_mean
 from distill.module import DistillationModule
-from distill.trainer import DistillTrainer
+from distill.trainer import DistillTrainer, environment
 
 # Key -> class of the callbacks, in the order in which they print; on by default but for those of OFF.
 CALLBACKS: dict[str, type[Callback]] = {
@@ -59,6 +61,9 @@ class SaveConfig(SaveConfigCallback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.loggers:
             super().setup(trainer, pl_module, "fit")
+        directory = run_directory(trainer)
+        if trainer.is_global_zero and directory is not None:
+            Path(directory, "environment.yaml").write_text(yaml.safe_dump(environment(trainer), sort_keys=False))
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         fresh = getattr(trainer, "fresh_directory", None)

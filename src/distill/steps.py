@@ -4,6 +4,7 @@ The sums are added only on steps that a logger or a dump reads. The price is tha
 those are.
 """
 
+import resource
 import time
 
 import torch
@@ -33,6 +34,13 @@ class StepSums:
             dist.all_reduce(self._sums)  # unlike Lightning's reduce, without a barrier that the host waits at
             self._sums /= dist.get_world_size()
         return LossBreakdown(dict(zip(breakdown.raw, self._sums.unbind(), strict=True)), breakdown.weights)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory that this process has held: allocated tensors on a GPU, resident pages on a CPU; in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 class Throughput:

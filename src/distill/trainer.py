@@ -5,14 +5,19 @@ the directory that the logger's name and version make. The price: with several l
 """
 
 import os
+import platform
+import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 
+from distill import __version__
 from distill.checkpoint_files import AtomicCheckpointIO
 
 
@@ -88,3 +93,19 @@ class DistillTrainer(L.Trainer):
         plan = Plan(**wanted, weights=weights, device_memory_gib=device_memory_gib, tflops=tflops)
         if check(self, model, datamodule, plan):
             raise SystemExit(1)
+
+
+def environment(trainer: L.Trainer) -> dict[str, str | int]:
+    """What a run ran on and with, for the report."""
+    names = ("torch", "lightning", "transformers", "datasets")
+    device = trainer.strategy.root_device
+    return {
+        "command": " ".join(sys.argv),
+        "python": platform.python_version(),
+        "distill": __version__,
+        **{name: version(name) for name in names},
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type,
+        "processes": trainer.world_size,
+        "threads": torch.get_num_threads(),
+    }
