@@ -62,7 +62,8 @@ class ExactResume(Callback):
             loop = trainer.fit_loop.epoch_loop.val_loop
             loop.batch_progress.reset_on_run()
             loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
-        fit, epochs = trainer.fit_loop, trainer.fit_loop.epoch_progress
+        fit: Any = trainer.fit_loop
+        epochs = fit.epoch_progress
         if epochs.current.processed == epochs.current.started:  # saved at an epoch's end, so the next begins
             epochs.current.completed, epochs.total.completed = epochs.current.processed, epochs.total.processed
             _Loop.restarting.fset(fit, False)  # type: ignore[attr-defined]  # under max_steps `fit` keeps it True
