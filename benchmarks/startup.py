@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-ROUNDS = 5
+ROUNDS = 3
 DISTILL = ("-m", "distill.cli")
 BARE = "import lightning.pytorch.cli"
 BAD = "model: {teacher: x, student_layers: 2}\ndata: {dataset: x}\ncurriculum: {kdd: 1.0}\n"  # a misspelt key

@@ -112,7 +112,7 @@ def test_model_card_says_what_is_known_and_what_is_not(run, exported, assets):
     assert "base_model" not in metadata  # a local folder is no name on the hub
     checkpoint = torch.load(run[0], weights_only=True)["distill"]
     for line in (
-        f"| dataset | {assets / 'text.txt'} |",
+        f"| source | dataset {assets / 'text.txt'}",
         "| kd_loss | 0.9 |",
         "| routing_feature_matching_loss | [[0.3, 0.0], [0.6, 0.1]] |",
         "| learning_rate | 0.001 |",
@@ -180,6 +180,16 @@ def test_command_line(run, tmp_path, capsys):
     assert "model.safetensors" in capsys.readouterr().out
     with pytest.raises(UserError, match="the following arguments are required: folder; see distill export --help"):
         command.main([run[0]])
+
+
+def test_a_chat_template_of_the_run_leaves_with_the_student(run, tmp_path):
+    checkpoint = torch.load(run[0], weights_only=True)
+    checkpoint["distill"]["run"]["data"]["chat"]["template"] = "{{ messages[0].content }}!"
+    torch.save(checkpoint, tmp_path / "chat.ckpt")
+    folder = export(str(tmp_path / "chat.ckpt"), str(tmp_path / "out"))
+    said = [{"role": "user", "content": "import"}]
+    assert AutoTokenizer.from_pretrained(folder).apply_chat_template(said, tokenize=False) == "import!"
+    assert "| chat_template | one of the run's own" in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_qwen3_moe, tiny_granite_moe, tiny_gpt_oss, tiny_deepseek_v3])

@@ -40,8 +40,8 @@ def model_card(name: str, student: Student) -> str:
     settings: Mapping[str, Any] = student.checkpoint["settings"]
     run: Mapping[str, Any] = student.checkpoint["run"]
     teacher, start = settings["model.teacher"], settings["model.student"]
-    datasets = run["data"].get("dataset")
-    sources = [str(source) for source in (datasets if isinstance(datasets, list) else [datasets]) if source]
+    named = [part["dataset"] for part in run["data"].get("sources", [])]
+    sources = [str(source) for names in named for source in (names if isinstance(names, list) else [names])]
     parts = [("teacher", teacher, licence_of(teacher))]
     if start is not None:
         parts.append(("student's first weights", start, licence_of(start)))
@@ -61,7 +61,7 @@ def model_card(name: str, student: Student) -> str:
     metrics = [(title, f"{run['metrics'][key]:.4f}") for key, title in TITLES.items() if key in run["metrics"]]
     step = student.checkpoint["global_step"]
     losses = [(loss, run["curriculum"].get(WEIGHT_KEY[loss], UNKNOWN)) for loss in run["components"]]
-    data = [(key, value) for key, value in run["data"].items() if value is not None]
+    data = list(_data(run["data"]))
     sections = [
         f"---\n{metadata.to_yaml()}\n---\n\n# {name}",
         f"A {type(student.model).__name__} of {parameters:,} parameters, distilled from `{teacher}` with "
@@ -87,6 +87,21 @@ def model_card(name: str, student: Student) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+def _data(data: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    """The parts of the data and what was done to them; null is left out."""
+    for part in data.get("sources", []):
+        yield "source", _listed(part)
+    chat = data.get("chat", {})
+    shown = {key: value for key, value in data.items() if key not in ("dataset", "sources", "chat")}
+    shown["completion_only_loss"] = chat.get("completion_only_loss")
+    shown["chat_template"] = "one of the run's own, exported with the tokenizer" if chat.get("template") else None
+    yield from ((key, value) for key, value in shown.items() if value is not None)
+
+
+def _listed(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
+
+
 def _beginning(settings: Mapping[str, Any]) -> str:
     weights, layers, config = (settings[key] for key in SOURCES)
     if layers is not None:
@@ -101,10 +116,8 @@ def _training(settings: Mapping[str, Any], run: Mapping[str, Any]) -> Iterable[t
         if key.startswith("model.") and key not in ("model.teacher", "model.lm_loss", *SOURCES):
             shown[key.removeprefix("model.")] = value
     for key, value in (shown | run["trainer"]).items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{name} {entry}" for name, entry in value.items() if entry is not None)
         if value is not None:
-            yield key, value
+            yield key, _listed(value) if isinstance(value, dict) else value
 
 
 def table(headings: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:

@@ -19,7 +19,7 @@ from distill.data.datamodule import DistillationDataModule
 from distill.errors import UserError
 from distill.program import shorten, told
 from distill.students import Student, is_checkpoint, load_student
-from distill.teachers.online import OnlineTeacher
+from distill.teachers.online import OnlineTeacher, quantize
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,15 @@ def load_pair(
     fabric: Any = L.Fabric(accelerator=accelerator, devices=1, precision=precision)  # type: ignore[arg-type]
 
     loaded = load_other(student, precision, **options)
+    wanted = ran if teacher is None else {}  # options of the run's own teacher
     auto = {"32-true": "float32", "32": "float32", "64-true": "float64"}.get(precision, "bfloat16")
-    chosen = ran.get("teacher_dtype", "auto")
+    chosen = wanted.get("teacher_dtype", "auto")
     dtype = getattr(torch, auto if chosen == "auto" else chosen)
     frozen = OnlineTeacher(
-        models.load_model(source, dtype=dtype, key="--teacher", **options), ran.get("teacher_top_k", "native")
+        models.load_model(source, dtype=dtype, key="--teacher", **options), wanted.get("teacher_top_k", "native")
     )
+    if wanted.get("teacher_quantization") is not None:
+        quantize(frozen.model)
     remote = {"trust_remote_code": options["trust_remote_code"]}
     words = models.load_tokenizer(source, key="--teacher", **remote)
     models.check_vocabularies(words, loaded.tokenizer, "student")

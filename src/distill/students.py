@@ -71,7 +71,7 @@ def record(module: Any) -> dict[str, Any]:
         },
         "run": {
             "components": list(module.components),
-            "data": _arguments(data) if data is not None else {},
+            "data": _arguments(data) | _parts(data) if data is not None else {},
             "curriculum": _arguments(curriculum) | plain(curriculum.weights) if curriculum is not None else {},
             "trainer": {
                 "precision": str(trainer.precision),
@@ -87,9 +87,17 @@ def record(module: Any) -> dict[str, Any]:
 
 def plain(value: Any) -> Any:
     """A value as JSON has it, so that it loads with `weights_only=True`; what JSON has no word for becomes a string."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
-    return json.loads(json.dumps(value, default=str))
+    return json.loads(json.dumps(value, default=_word))
+
+
+def _word(value: Any) -> Any:
+    """What JSON has for a value that it does not know."""
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else str(value)
+
+
+def _parts(data: Any) -> dict[str, Any]:
+    """Where a datamodule's documents come from, and how conversations are rendered."""
+    return {name: plain(getattr(data, name)) for name in ("sources", "chat") if hasattr(data, name)}
 
 
 def _arguments(instance: Any) -> dict[str, Any]:
@@ -157,6 +165,8 @@ def load_student(
     words: Any = models.load_tokenizer(
         tokenizer or described["student"]["tokenizer"], key=f"{key}: tokenizer", **options
     )
+    if template := described["run"]["data"].get("chat", {}).get("template"):
+        words.chat_template = template  # what the run's data set in place of the tokenizer's own
     model = restore(described["student"], checkpoint["state_dict"], dtype, key)
     if described["settings"].get("model.student_config") is not None:
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # the config's defaults mean other tokens

@@ -84,6 +84,8 @@ def predict(
     options = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     pair = load_pair(student, teacher, precision=precision, accelerator=accelerator, **options)
     tokenizer = pair.tokenizer
+    if pair.student.tokenizer.chat_template is not None:
+        tokenizer = pair.student.tokenizer  # the same ids, and the template of its training
     if chat and tokenizer.chat_template is None:
         raise UserError(f"--chat: the tokenizer of {pair.teacher_source!r} has no chat template; leave it out")
     tasks: list[tuple[str, list[int], str]] = []
