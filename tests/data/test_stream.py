@@ -89,6 +89,13 @@ def test_every_place_leads_back(stream, pattern, readers):
             assert [where["at"][i] for i in (0, 2, 3)] == [elsewhere["at"][i] for i in (0, 2, 3)]
 
 
+@pytest.mark.parametrize("readers", [1, 2, 5])
+def test_readers_in_different_passes_do_not_touch_each_other(stream, tokenizer, readers):
+    one = stream()
+    one_pass(tokenizer, one, readers - 1, readers)
+    assert one.documents.epoch == 0  # what forked workers have in common
+
+
 def test_documents_that_are_held_out_are_never_trained_on(stream, tokenizer):
     held_out = {n for row in stream(held_out=0.3).validation_rows(1000) for n in numbers(tokenizer, row)}
     for readers in (1, 3):  # however they are shared

@@ -25,6 +25,7 @@ from distill.data.stream_loader import StreamLoader
 from distill.data.text import load_documents, open_stream
 from distill.errors import UserError
 from distill.models import load_tokenizer
+from distill.signals import leave_signals_to_the_run
 
 STREAM_VALIDATION = 256  # rows to validate on where a stream could give any number
 
@@ -256,7 +257,8 @@ class DistillationDataModule(L.LightningDataModule):
         return {"rank": trainer.global_rank, "world_size": trainer.world_size}
 
     def _options(self) -> dict[str, Any]:
-        return {"num_workers": self.num_workers, "collate_fn": as_is, "pin_memory": torch.cuda.is_available()}
+        options = {"num_workers": self.num_workers, "collate_fn": as_is, "pin_memory": torch.cuda.is_available()}
+        return options | {"worker_init_fn": leave_signals_to_the_run}
 
     def train_dataloader(self) -> ResumableLoader | StreamLoader:
         """Training rows in the order of (seed, epoch), or the streams; resumable anywhere."""

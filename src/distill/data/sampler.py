@@ -11,6 +11,7 @@ rows of a step are no longer independent of each other.
 Letters: R rows, W ranks, b rows per micro-batch and rank, A micro-batches per optimizer step and rank.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -210,7 +211,11 @@ class ResumableLoader(DataLoader):
             UserError: the place lies within an epoch over other data, or otherwise dealt out.
         """
         if state["processed"]:
-            check_layout(state["layout"], self._layout(), "stands within an epoch")
+            stored, now = state["layout"], self._layout()
+            sizes = ("data.per_device_batch_size", "trainer.devices")
+            if math.prod(stored[size] for size in sizes) == math.prod(now[size] for size in sizes):
+                now |= {size: stored[size] for size in sizes}  # the same rows in every micro-batch, dealt out otherwise
+            check_layout(stored, now, "stands within an epoch")
         self._start = state["processed"]
 
 

@@ -12,7 +12,6 @@ so readers start over at different times.
 Letters: W ranks.
 """
 
-import copy
 import json
 import zlib
 from collections.abc import Iterator
@@ -84,10 +83,8 @@ class Stream:
         """
         epoch, source, number, skip = place["at"] if place else (0, None, 0, 0)
         shared = self.documents.num_shards % readers == 0
-        if shared:
-            documents = self.documents.shard(readers, reader, contiguous=False)
-        else:
-            documents = copy.copy(self.documents)
+        # Another object in any case: an epoch lies in memory that forked workers share, and each reader is in its own.
+        documents = self.documents.shard(*((readers, reader) if shared else (1, 0)), contiguous=False)
         while True:
             documents.set_epoch(int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0]))
             if source is not None:
