@@ -73,9 +73,9 @@ def estimate(name: str) -> float:
     """Peak of a step in MiB, from the configuration alone."""
     from distill.data.datamodule import DistillationDataModule
     from distill.losses.routing import Routing
-    from distill.memory_estimate import estimate_memory, trace
     from distill.module import DistillationModule
-    from distill.plan import shape_of, skeletons
+    from distill.preflight.memory import estimate_memory, trace
+    from distill.preflight.plan import shape_of, skeletons
 
     config = configuration(name)
     if "routing" in config["model"]:

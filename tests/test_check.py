@@ -19,8 +19,7 @@ from distill import models
 from distill.callbacks.preflight import teacher_nll
 from distill.data.batches import collate
 from distill.errors import UserError
-from distill.plan import Plan
-from distill.preflight import (
+from distill.preflight.checks import (
     Vocabulary,
     alignment_rows,
     batch_findings,
@@ -31,6 +30,7 @@ from distill.preflight import (
     unigram_nll,
     vocabulary_findings,
 )
+from distill.preflight.plan import Plan
 from distill.teachers.online import OnlineTeacher
 from test_memory_estimate import THIRTY_B
 from tiny import tiny_llama

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
 
-from distill.live_bytes import LiveBytes, Shape, skeleton, trace_student, trace_teacher
 from distill.losses.engine import KDLoss, distillation_loss
 from distill.losses.head import lm_head_of
-from distill.memory_estimate import (
+from distill.preflight.live_bytes import LiveBytes, Shape, skeleton, trace_student, trace_teacher
+from distill.preflight.memory import (
     Parts,
     active_parameters,
     engine_bytes,

@@ -86,8 +86,8 @@ class DistillTrainer(L.Trainer):
             ckpt_path: not looked into; taken so that a run's own config.yaml serves.
             weights_only: the same.
         """
-        from distill.check import check
-        from distill.plan import Plan
+        from distill.preflight.check import check
+        from distill.preflight.plan import Plan
 
         wanted = {**Plan.asked_by(self.asked), "devices": devices} if devices else Plan.asked_by(self.asked)
         plan = Plan(**wanted, weights=weights, device_memory_gib=device_memory_gib, tflops=tflops)

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from distill.data.sampler import EveryRowOnce
 from distill.losses.engine import distillation_loss
 from distill.losses.head import lm_head_of
-from distill.preflight import (
+from distill.preflight.checks import (
     Vocabulary,
     batch_findings,
     special_ids,

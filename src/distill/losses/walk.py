@@ -150,7 +150,7 @@ def walk(
     student = _Side(hidden_ND, head)
     teacher = _Side(targets.hidden_ND, targets.head.whole()) if isinstance(targets, DenseTargets) else None
     sides = [student, teacher] if teacher else [student]
-    chunk_size, block_size = _sizes([side.head.vocab_size for side in sides], hidden_ND, dtype, chunk_size)
+    chunk_size, block_size = sizes([side.head.vocab_size for side in sides], hidden_ND, dtype, chunk_size)
     for side in sides:
         side.allocate(chunk_size)
     buffers = Buffers(BUFFERS, block_size * max(side.head.vocab_size for side in sides), hidden_ND, dtype)
@@ -185,7 +185,7 @@ def walk(
     return values, gradients
 
 
-def _sizes(vocabs: list[int], like: Tensor, dtype: torch.dtype, chunk_size: int | None) -> tuple[int, int]:
+def sizes(vocabs: list[int], like: Tensor, dtype: torch.dtype, chunk_size: int | None) -> tuple[int, int]:
     """Tokens of a chunk and rows of a block."""
     on_cpu = like.device.type == "cpu"
     if chunk_size is None:

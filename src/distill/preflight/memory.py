@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distill.live_bytes import Shape, trace_student, trace_teacher
 from distill.losses.rows import BUFFERS
-from distill.losses.walk import _sizes
+from distill.losses.walk import sizes
+from distill.preflight.live_bytes import Shape, trace_student, trace_teacher
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def engine_bytes(student: PreTrainedModel, teacher: PreTrainedModel | None, shap
     heads = [model.get_output_embeddings().weight for model in (student, teacher) if model is not None]
     vocabs = [head.shape[0] for head in heads]
     like = torch.empty(shape.tokens, 0, device="cpu" if shape.on_cpu else "meta")
-    chunk, block = _sizes(vocabs, like, torch.float32, shape.chunk_size)
+    chunk, block = sizes(vocabs, like, torch.float32, shape.chunk_size)
     logits = sum(chunk * head.shape[0] * _logit_bytes(head, shape) for head in heads)
     buffers = BUFFERS * block * max(vocabs) * 4
     rows = sum(shape.tokens * head.shape[1] * head.element_size() for head in heads)

@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from distill import models
 from distill.cut import cut_layers
-from distill.live_bytes import Shape, skeleton
+from distill.preflight.live_bytes import Shape, skeleton
 
 GIB = 2**30
 

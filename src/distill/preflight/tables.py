@@ -12,8 +12,8 @@ from rich.table import Table
 from distill.breakdown import WEIGHT_KEY
 from distill.callbacks.curriculum import Curriculum
 from distill.curriculum import value_at
-from distill.memory_estimate import MemoryEstimate
-from distill.preflight import SPECIAL, Vocabulary, knots_of, sparkline
+from distill.preflight.checks import SPECIAL, Vocabulary, knots_of, sparkline
+from distill.preflight.memory import MemoryEstimate
 
 GIB, MIB = 2**30, 2**20
 READS = {

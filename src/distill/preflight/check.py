@@ -20,7 +20,21 @@ from rich.console import Console
 from distill import models
 from distill.callbacks.curriculum import Curriculum
 from distill.callbacks.preflight import counting_nll, single_rows, to_device
-from distill.check_tables import (
+from distill.errors import UserError
+from distill.metrics import DistillationMetrics
+from distill.optim import horizon_of
+from distill.preflight.checks import (
+    Vocabulary,
+    alignment_rows,
+    batch_findings,
+    schedule_findings,
+    special_ids,
+    teacher_findings,
+    vocabulary_findings,
+)
+from distill.preflight.memory import MemoryEstimate, estimate_memory, forward_flops, trace
+from distill.preflight.plan import Plan, device_gib, head_size, matmul_tflops, shape_of, skeletons
+from distill.preflight.tables import (
     GIB,
     alignment_table,
     components_table,
@@ -29,20 +43,6 @@ from distill.check_tables import (
     show,
     titled,
     vocabulary_table,
-)
-from distill.errors import UserError
-from distill.memory_estimate import MemoryEstimate, estimate_memory, forward_flops, trace
-from distill.metrics import DistillationMetrics
-from distill.optim import horizon_of
-from distill.plan import Plan, device_gib, head_size, matmul_tflops, shape_of, skeletons
-from distill.preflight import (
-    Vocabulary,
-    alignment_rows,
-    batch_findings,
-    schedule_findings,
-    special_ids,
-    teacher_findings,
-    vocabulary_findings,
 )
 
 VALIDATED_ROWS, VALIDATING_S = 8, 2.0  # rows at most, and no further one after so many seconds

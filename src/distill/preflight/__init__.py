@@ -1,0 +1,1 @@
+"""What can be seen of a run before it starts: what it reads, computes and needs, and what looks wrong."""
