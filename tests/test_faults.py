@@ -3,6 +3,7 @@
 import csv
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from distill.callbacks.audit import PATIENCE
 from distill.checkpoint_files import find_last, is_whole, write
@@ -69,7 +71,7 @@ def spoil_step(monkeypatch, *steps: int, what: str = "gradient") -> None:
     monkeypatch.setattr(DistillationModule, "losses", losses)
 
 
-@pytest.mark.parametrize("what", ["gradient", "loss"])
+@pytest.mark.parametrize("what", [pytest.param("gradient", marks=pytest.mark.slow), "loss"])
 def test_a_stop_leaves_weights_and_checkpoint_from_before_the_step(distill, small, monkeypatch, what, tmp_path):
     good = weights_of(last_of(distill("fit", small, "--trainer.max_steps", "6", "--trainer.val_check_interval", "3")))
     assert all(value.isfinite().all() for value in good.values())
@@ -85,7 +87,7 @@ def test_a_stop_leaves_weights_and_checkpoint_from_before_the_step(distill, smal
 
 
 @pytest.mark.filterwarnings("ignore:.*step skipped")
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_skipped_step_touches_nothing_and_is_counted(distill, small, monkeypatch, accumulation):
     small["trainer"]["accumulate_grad_batches"] = accumulation
     states = []
@@ -119,18 +121,20 @@ def test_skipping_gives_up_where_nothing_else_happens(distill, small, monkeypatc
         distill("fit", small, "--audit.on_nonfinite", "skip", "--trainer.max_steps", "30")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("where", ["window", "validation"])
+@pytest.mark.parametrize(
+    ("number", "code", "where"), [(signal.SIGTERM, 143, "window"), (signal.SIGINT, 130, "validation")]
+)
 def test_a_signal_writes_a_checkpoint_that_resumes_exactly(distill, small, monkeypatch, number, code, where, capsys):
     small["trainer"] |= {"accumulate_grad_batches": 2, "val_check_interval": 4}
-    small["data"] |= {"max_validation_sequences": 12}
+    small["data"] |= {"max_validation_sequences": 12, "num_workers": 1}
     unbroken = weights_of(last_of(distill("fit", small)))
     hook = {"window": "training_step", "validation": "validation_step"}[where]
     true = getattr(DistillationModule, hook)
 
     def kill(self, batch, batch_idx):
         if batch_idx == (6 if where == "window" else 1) and self.trainer.global_step in (2, 3):
-            os.kill(os.getpid(), number)
+            for process in [os.getpid(), *(worker.pid for worker in multiprocessing.active_children())]:
+                os.kill(process, number)  # as a terminal and most schedulers do
         return true(self, batch, batch_idx)
 
     before = signal.getsignal(number)
@@ -145,22 +149,17 @@ def test_a_signal_writes_a_checkpoint_that_resumes_exactly(distill, small, monke
     assert_same(weights_of(last_of(distill("fit", small, "--ckpt_path", "last"))), unbroken)
 
 
-def test_a_full_disk_is_one_sentence_and_leaves_the_checkpoint_before(tmp_path, monkeypatch):
-    """A limit on the size of files, in a process of its own, does what a full disk does."""
+def test_a_full_disk_is_one_sentence_and_leaves_the_checkpoint_before(tmp_path):
+    """A limit on the size of files does what a full disk does."""
     path = tmp_path / "last.ckpt"
     write({"weights": torch.arange(10.0)}, path)
-    program = """
-import resource, sys, torch
-from pathlib import Path
-from distill.checkpoint_files import write
-resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
-write({"weights": torch.zeros(1_000_000)}, Path(sys.argv[1]))
-"""
-    done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True)
-    assert done.returncode == 1
-    line = done.stderr.strip().splitlines()[-1]
-    assert "RunError: checkpoint: " in line
-    assert "last.ckpt can't be written (File too large" in line
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+    try:
+        with pytest.raises(RunError, match=r"checkpoint: .*last.ckpt can't be written \(File too large, .* GiB free"):
+            write({"weights": torch.zeros(1_000_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
     assert torch.equal(torch.load(path, weights_only=True)["weights"], torch.arange(10.0))
 
@@ -185,15 +184,23 @@ def test_a_disk_that_fills_up_stops_the_run_and_it_resumes(distill, small, monke
     assert_same(weights_of(last_of(distill("fit", small, "--ckpt_path", "last"))), unbroken)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
-def test_a_damaged_last_checkpoint_is_passed_over(distill, small, damage, tmp_path):
-    unbroken = distill("fit", small, "--last_checkpoint.every_n_steps", "2")
-    path = last_of(unbroken)
-    good, content = weights_of(path), bytearray(path.read_bytes())
-    if damage == "flipped":
-        content[len(content) // 2] ^= 1
-    path.write_bytes(content[: {"truncated": len(content) // 2, "flipped": len(content), "empty": 0}[damage]])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "no file"])
+def test_damage_is_seen(tmp_path, damage):
+    path = tmp_path / "last.ckpt"
+    write({"weights": torch.arange(1000.0)}, path)
+    assert is_whole(path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= damage == "flipped"
+    path.write_bytes(content[: {"truncated": len(content) // 2, "empty": 0}.get(damage, len(content))])
+    if damage == "no file":
+        path.unlink()
     assert not is_whole(path)
+
+
+def test_a_damaged_last_checkpoint_is_passed_over(distill, small):
+    path = last_of(distill("fit", small, "--last_checkpoint.every_n_steps", "2"))
+    good, content = weights_of(path), path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match=r"ckpt_path: .*last.ckpt is truncated, damaged or no checkpoint"):
         distill("fit", small, "--ckpt_path", str(path))
     with pytest.warns(UserWarning, match=r"last.ckpt is damaged and passed over"):
@@ -232,3 +239,46 @@ def test_a_dead_data_worker_is_one_sentence(distill, small, monkeypatch):
     small["data"]["num_workers"] = 1
     with pytest.raises(RunError, match=r"data.num_workers: DataLoader worker .*--ckpt_path last"):
         distill("fit", small)
+
+
+@pytest.mark.slow
+def test_two_ranks_stop_together_and_none_outlives_the_other(small, tmp_path):
+    small["data"] |= {"per_device_batch_size": 2, "num_workers": 1}
+    small["trainer"] |= {"max_steps": 150, "val_check_interval": 50, "strategy": "ddp", "devices": 2}
+    small["last_checkpoint"] = {"every_n_steps": 5}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(small))
+    command = [sys.executable, "-m", "distill.cli", "fit", "--config", "../config.yaml", "--ckpt_path", "last"]
+
+    def run(name: str, number: int = 0, rank: int = 0) -> tuple[int, str]:
+        """Exit code and output; the rank gets the signal once there is a checkpoint, and all are gone in a minute."""
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        with (folder / "output.txt").open("w") as output:
+            first = subprocess.Popen(
+                command, cwd=folder, stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            )
+            if number:
+                while not list(folder.glob("lightning_logs/*/checkpoints/last.ckpt")):
+                    time.sleep(0.05)
+                children = subprocess.run(["pgrep", "-P", str(first.pid)], capture_output=True, text=True).stdout
+                second = min(int(pid) for pid in children.split())  # its workers come later
+                os.kill((first.pid, second)[rank], number)
+                deadline = time.monotonic() + 60
+                first.wait(60)
+                while Path(f"/proc/{second}").exists():
+                    assert time.monotonic() < deadline
+                    time.sleep(0.1)
+            return first.wait(), (folder / "output.txt").read_text()
+
+    assert run("whole")[0] == 0
+    whole = weights_of(find_last(tmp_path / "whole"))
+    for name, number, rank, code, said in (
+        ("stopped", signal.SIGTERM, 0, 143, "Stopped by SIGTERM"),
+        ("second dead", signal.SIGKILL, 1, -9, "terminated with code -9"),
+        ("first dead", signal.SIGKILL, 0, -9, "trainer.devices: another process of this run has died"),
+    ):
+        ended, output = run(name, number, rank)
+        assert ended == code, output[-2000:]
+        assert said in output, output[-2000:]
+        assert run(name)[0] == 0
+        assert_same(weights_of(find_last(tmp_path / name)), whole)

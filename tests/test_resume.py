@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from distill.callbacks.curriculum import Curriculum
 from distill.callbacks.last_checkpoint import LastCheckpoint
 from distill.callbacks.resume import ExactResume
 from distill.data.datamodule import DistillationDataModule
+from distill.data.sampler import ResumableLoader, StepSampler
+from distill.errors import UserError
 from distill.losses.routing import Routing
 from distill.module import DistillationModule
 from distill.program import DistillTrainer, quieten
@@ -102,10 +105,25 @@ def everywhere(monkeypatch):
     return points
 
 
-def assert_resumes_everywhere(fit, everywhere, monkeypatch, least: int, **options) -> None:
+LAST = {"accumulate_grad_batches": 3}  # validation at the epoch's end, after a window of one micro-batch
+WITHIN = {"accumulate_grad_batches": 2, "val_check_interval": 4}  # none at the epoch's end
+EPOCHS, STEPS = {"max_epochs": 2}, {"max_epochs": None, "max_steps": 5}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(LAST | EPOCHS, id="validation last, epochs", marks=pytest.mark.slow),
+        pytest.param(WITHIN | EPOCHS, id="validation within, epochs", marks=pytest.mark.slow),
+        pytest.param(LAST | STEPS, id="validation last, steps"),
+        pytest.param(WITHIN | STEPS, id="validation within, steps", marks=pytest.mark.slow),
+        pytest.param(WITHIN | STEPS | {"workers": 2}, id="with workers", marks=pytest.mark.slow),
+    ],
+)
+def test_from_every_point(fit, everywhere, monkeypatch, options):
     unbroken = fit("unbroken", **options)
     monkeypatch.setattr(LastCheckpoint, "recording", False)
-    assert len(everywhere) >= least
+    assert len(everywhere) >= 7
     hooks = {path.stem.split("_", 2)[2] for path in everywhere}
     assert hooks == {f"on_{hook}_end" for hook in ("train_batch", "validation_batch", "validation", "train_epoch")}
     for path in everywhere[:-1]:
@@ -118,14 +136,30 @@ def assert_resumes_everywhere(fit, everywhere, monkeypatch, least: int, **option
         assert resumed.seen == rest, path.name
 
 
-@pytest.mark.parametrize("end", [{"max_epochs": 2}, {"max_epochs": None, "max_steps": 5}], ids=["epochs", "steps"])
-@pytest.mark.parametrize(
-    ("least", "options"),
-    [
-        (7, {"accumulate_grad_batches": 3}),  # validation at the epoch's end, after a window of one micro-batch
-        (7, {"accumulate_grad_batches": 2, "val_check_interval": 4}),  # none at the epoch's end
-    ],
-    ids=["validation-last", "validation-within"],
-)
-def test_from_every_point(fit, everywhere, monkeypatch, least, options, end):
-    assert_resumes_everywhere(fit, everywhere, monkeypatch, least, **options, **end)
+@pytest.mark.parametrize(("devices", "batch", "exact"), [(1, 4, True), (4, 1, True), (2, 4, False), (1, 2, False)])
+def test_another_number_of_devices_deals_out_the_same_rows_or_is_refused(devices, batch, exact):
+    """A place within an epoch of two ranks with two rows each; rows of a micro-batch are what must stay the same."""
+
+    def loader(devices: int, batch: int) -> ResumableLoader:
+        progress = SimpleNamespace(processed=3)
+        loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(current=progress)))
+        trainer = SimpleNamespace(fit_loop=loop, num_training_batches=8, accumulate_grad_batches=1)
+        sampler = StepSampler({"tokens": np.arange(32)}, batch, world_size=devices)
+        layout = {"data.per_device_batch_size": batch, "trainer.devices": devices}
+        return ResumableLoader(range(32), sampler, trainer, layout)
+
+    state = loader(2, 2).state_dict()
+    now = loader(devices, batch)
+    if not exact:
+        with pytest.raises(UserError, match=r"but the checkpoint stands within an epoch with 2; resume with the same"):
+            now.load_state_dict(state)
+        return
+    now.load_state_dict(state)
+    assert now._start == 3
+    dealt = {}
+    for world_size, rows in ((2, 2), (devices, batch)):
+        ranks = [StepSampler({"tokens": np.arange(32)}, rows, 0, rank, world_size) for rank in range(world_size)]
+        for sampler in ranks:
+            sampler.start = 3
+        dealt[world_size] = [[row for micro in batch for row in micro.indices] for batch in zip(*ranks, strict=True)]
+    assert dealt[2] == dealt[devices]

@@ -219,6 +219,11 @@ def run(args: list[str] | None = None) -> DistillCLI:
                 f"data.num_workers: {str(error).splitlines()[0]} Killed from outside, or out of memory: go on with "
                 "--ckpt_path last, with fewer workers if it happens again"
             ) from error
+        if "by peer" in str(error):  # gloo's words
+            raise RunError(
+                "trainer.devices: another process of this run has died, see what it said last; go on with "
+                "--ckpt_path last"
+            ) from error
         raise
 
 

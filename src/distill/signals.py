@@ -15,6 +15,12 @@ import torch.distributed as dist
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
+def leave_signals_to_the_run(worker: int = 0) -> None:
+    """For data workers: a signal to the whole process group must not kill them before the run has saved itself."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class StopSignals:
     """Takes note of signals from `install` to `restore`."""
 
