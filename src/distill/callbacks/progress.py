@@ -37,6 +37,16 @@ class ProgressBar(RichProgressBar):
         if self.progress is not None:
             self.progress.live.transient = True  # wiped when it stops
 
+    @property
+    def total_train_batches(self) -> int | float:
+        """Micro-batches of this epoch up to the run's last step; Lightning's forgets what a resumed run has done."""
+        trainer = self.trainer
+        epoch: int | float = trainer.num_training_batches
+        if trainer.max_steps < 0:
+            return epoch
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready % max(1, epoch)
+        return min(epoch, done + (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches)
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._stop_progress()  # before the closing table, not after it
 
