@@ -419,6 +419,7 @@ def test_report_of_a_real_run_has_every_section_and_its_figures(real):
         "Learning rate",
         "Gradient norm",
         "Throughput",
+        "Memory",
         "Gradient norms of components",
         "Gradient cosines of components",
         "Share of the most used expert",

@@ -67,7 +67,7 @@ def test_lora_without_a_matching_layer():
 
 
 def test_importance_is_one_minus_the_cosine_across_a_layer():
-    model, ids = tiny_llama(num_hidden_layers=5), torch.arange(24).view(2, 12)
+    model, ids = tiny_llama(num_hidden_layers=5).requires_grad_(False), torch.arange(24).view(2, 12)
     states = model(ids, output_hidden_states=True).hidden_states
     # The last entry of hidden_states is behind the final norm: the last layer's own output is taken from a hook.
     kept = []
