@@ -244,7 +244,7 @@ def test_a_dead_data_worker_is_one_sentence(distill, small, monkeypatch):
 @pytest.mark.slow
 def test_two_ranks_stop_together_and_none_outlives_the_other(small, tmp_path):
     small["data"] |= {"per_device_batch_size": 2, "num_workers": 1}
-    small["trainer"] |= {"max_steps": 150, "val_check_interval": 50, "strategy": "ddp", "devices": 2}
+    small["trainer"] |= {"max_steps": 40, "val_check_interval": 20, "strategy": "ddp", "devices": 2}
     small["last_checkpoint"] = {"every_n_steps": 5}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(small))
     command = [sys.executable, "-m", "distill.cli", "fit", "--config", "../config.yaml", "--ckpt_path", "last"]
