@@ -9,15 +9,16 @@ Letters: R rows, B rows of a batch, L sequence length, N valid tokens of a batch
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
-from datasets import Dataset
 
 from distill.data.encode import IGNORE
 from distill.data.sampler import MicroBatch
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 MULTIPLE = 64  # to which the length of a batch of grouped rows is rounded up
 
@@ -34,7 +35,7 @@ class PackedRows(torch.utils.data.Dataset):
     """
 
     def __init__(
-        self, table: Dataset, indices: np.ndarray, sequence_length: int, pad_id: int, shortest: bool = False
+        self, table: "Dataset", indices: np.ndarray, sequence_length: int, pad_id: int, shortest: bool = False
     ) -> None:
         self.table = table.with_format("numpy")
         self.indices, self.sequence_length, self.pad_id, self.shortest = indices, sequence_length, pad_id, shortest
@@ -46,6 +47,8 @@ class PackedRows(torch.utils.data.Dataset):
 
     def lengths_R(self) -> np.ndarray:
         """Tokens of each row, int64 [R]."""
+        import pyarrow.compute as pc
+
         return pc.list_value_length(self.table.data.column("input_ids")).to_numpy()[self.indices].astype(np.int64)
 
     def __len__(self) -> int:

@@ -4,12 +4,11 @@ Tables are packed once into a cache and read by row number; streams are packed w
 both is that a stream needs `trainer.max_steps` and takes its validation rows from elsewhere or by content.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import numpy as np
 import torch
-from datasets import Dataset, concatenate_datasets
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
@@ -17,7 +16,7 @@ from distill.data.batches import PackedRows, as_is
 from distill.data.chat import Chat, read_template
 from distill.data.forms import FormOption, form_of
 from distill.data.mixture import Source, sources_of, split_rows, validation_sources
-from distill.data.packing import FEATURES, Packer, encoder_of, fingerprint, pack
+from distill.data.packing import Packer, encoder_of, features, fingerprint, pack
 from distill.data.sampler import EveryRowOnce, ResumableLoader, StepSampler
 from distill.data.statistics import describe_read, describe_rows, describe_stream, describe_table
 from distill.data.stream import Stream, StreamBatches, validation_rows
@@ -26,6 +25,9 @@ from distill.data.text import load_documents, open_stream
 from distill.errors import UserError
 from distill.models import load_tokenizer
 from distill.signals import leave_signals_to_the_run
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 STREAM_VALIDATION = 256  # rows to validate on where a stream could give any number
 
@@ -192,11 +194,11 @@ class DistillationDataModule(L.LightningDataModule):
     def _weights(self) -> list[float] | None:
         return [s.weight for s in self.sources if s.weight is not None] or None
 
-    def _tables(self) -> tuple[list[Dataset], list[Dataset], list[str]]:
+    def _tables(self) -> tuple[list["Dataset"], list["Dataset"], list[str]]:
         """Packed rows of each source to train on and, where they come from elsewhere, to validate on; statistics."""
         weights, lines = self._weights(), []
 
-        def packed(source: Source, key: str, what: str) -> Dataset:
+        def packed(source: Source, key: str, what: str) -> "Dataset":
             documents = load_documents(source.dataset, **source.options(), key=key)
             rows = pack(documents, self.tokenizer, self.sequence_length, self.packing, self.chat, key)
             form = form_of(documents.column_names)
@@ -209,13 +211,15 @@ class DistillationDataModule(L.LightningDataModule):
         held_out = validation_sources(self.sources, self.validation_split)
         return tables, [packed(*where, "for validation ") for where in held_out], lines
 
-    def _rows(self, table: Dataset, indices: np.ndarray) -> PackedRows:
+    def _rows(self, table: "Dataset", indices: np.ndarray) -> PackedRows:
         return PackedRows(table, indices, self.sequence_length, self._pad_id(), self.group_by_length)
 
     def _pad_id(self) -> int:
         return next(i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if i is not None)
 
     def _setup_streams(self) -> None:
+        from datasets import Dataset
+
         def opened(source: Source, key: str, held_out: float) -> Stream:
             documents, columns = open_stream(source.dataset, **source.options(), key=key)
             encoder = encoder_of(self.tokenizer, self.chat)
@@ -236,7 +240,7 @@ class DistillationDataModule(L.LightningDataModule):
                 f"data.validation_split: {self.validation_split} of the stream holds no rows; give a larger fraction, "
                 "or a split or file of its own"
             )
-        self.validation_rows = self._rows(Dataset.from_list(rows, features=FEATURES), np.arange(len(rows)))
+        self.validation_rows = self._rows(Dataset.from_list(rows, features=features()), np.arange(len(rows)))
         targets = self.validation_rows.units_R["tokens"].sum()
         rank_zero_info(f"Data: {len(rows):,} validation rows ({targets:,} targets).")
 
@@ -307,6 +311,8 @@ class DistillationDataModule(L.LightningDataModule):
         return self.val_dataloader()
 
 
-def _joined(tables: list[Dataset]) -> list[Dataset]:
+def _joined(tables: list["Dataset"]) -> list["Dataset"]:
     """The tables as one."""
+    from datasets import concatenate_datasets
+
     return tables if len(tables) < 2 else [concatenate_datasets(tables)]

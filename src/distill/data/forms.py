@@ -5,11 +5,12 @@ The price of telling them by columns: a table that has several forms is read as 
 `data.format` says otherwise.
 """
 
-from typing import Any, Literal
-
-from datasets import Features, List, Value
+from typing import TYPE_CHECKING, Any, Literal
 
 from distill.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:  # `datasets` takes most of a second to import, which only data that are read should cost
+    from datasets import Features
 
 Form = Literal["text", "messages", "prompt_completion", "tokens"]
 FormOption = Literal["auto", "text", "messages", "prompt_completion", "tokens"]
@@ -17,7 +18,7 @@ FORMS: tuple[Form, ...] = ("messages", "prompt_completion", "tokens", "text")  #
 
 
 def recognise(
-    features: Features, source: Any, *, form: FormOption, text_column: str, messages_column: str
+    features: "Features", source: Any, *, form: FormOption, text_column: str, messages_column: str
 ) -> dict[str, str]:
     """Column of a form -> column of the table.
 
@@ -90,9 +91,13 @@ def form_of(columns: list[str]) -> Form:
 
 
 def _is_string(feature: Any) -> bool:
+    from datasets import Value
+
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
 
 
 def _is_conversation(feature: Any) -> bool:
+    from datasets import List
+
     inner = feature.feature if isinstance(feature, List) else feature[0] if isinstance(feature, list) else None
     return isinstance(inner, dict) and {"role", "content"} <= inner.keys()

@@ -12,10 +12,9 @@ import bisect
 import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import Dataset, Features, List, Value
 
 from distill.data.chat import Chat
 from distill.data.encode import IGNORE, Document, Encoder
@@ -23,21 +22,31 @@ from distill.data.forms import form_of
 from distill.data.text import bars_on_terminals
 from distill.errors import UserError
 
-FEATURES = Features(
-    {
-        "input_ids": List(Value("int32")),
-        "labels": List(Value("int32")),
-        "document_lengths": List(Value("int32")),  # of the documents, or parts of them, that the row is made of
-        "bytes": Value("int64"),  # UTF-8 bytes of the text behind the labels
-        "tokens": Value("int64"),  # positions whose next-token label is not -100
-        "queries": Value("int64"),  # of these, the ones with an earlier token of their document in the row
-        "documents": Value("int64"),  # that begin in the row
-        "cut_documents": Value("int64"),  # of these, the ones that were cut
-        "cut_tokens": Value("int64"),  # that these lost
-    }
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+
+LISTS = (
+    "input_ids",
+    "labels",
+    "document_lengths",  # of the documents, or parts of them, that the row is made of
+)
+NUMBERS = (
+    "bytes",  # UTF-8 bytes of the text behind the labels
+    "tokens",  # positions whose next-token label is not -100
+    "queries",  # of these, the ones with an earlier token of their document in the row
+    "documents",  # that begin in the row
+    "cut_documents",  # of these, the ones that were cut
+    "cut_tokens",  # that these lost
 )
 ROW_FORMAT = 2  # part of the cache's key; a change of what a row holds is a new number
 BLOCK = {"text": 256}  # documents of one call: long ones where texts are joined, more where rows are filled by fit
+
+
+def features() -> "Features":
+    """The columns of packed rows."""
+    from datasets import Features, List, Value
+
+    return Features({name: List(Value("int32")) for name in LISTS} | {name: Value("int64") for name in NUMBERS})
 
 
 @dataclass(frozen=True)
@@ -124,7 +133,7 @@ class Packer:
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         rows = self.rows(batch)
-        return {name: [row[name] for row in rows] for name in FEATURES}
+        return {name: [row[name] for row in rows] for name in (*LISTS, *NUMBERS)}
 
     def rows(self, batch: dict[str, list[Any]]) -> list[dict[str, Any]]:
         """The rows that a batch of the columns of a form completes."""
@@ -179,14 +188,14 @@ class Packer:
 
 
 def pack(
-    documents: Dataset,
+    documents: "Dataset",
     tokenizer: Any,
     sequence_length: int,
     packing: bool,
     chat: Chat = Chat(),  # noqa: B008  (frozen)
     key: str = "data.dataset",
-) -> Dataset:
-    """Rows of at most `sequence_length` tokens with the columns of `FEATURES`, cached by content.
+) -> "Dataset":
+    """Rows of at most `sequence_length` tokens with the columns of `features`, cached by content.
 
     Args:
         documents: table with the columns of a form, see `recognise`.
@@ -208,7 +217,7 @@ def pack(
             batched=True,
             batch_size=BLOCK.get(form, 1024),
             remove_columns=documents.column_names,
-            features=FEATURES,
+            features=features(),
             new_fingerprint=fingerprint(documents._fingerprint, options, sequence_length, packing),
             desc="Tokenising and packing",
         )

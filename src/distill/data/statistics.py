@@ -1,17 +1,20 @@
 """What is in the data, in a line per source and one in all: what was cut or left out is told, never silent."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow.compute as pc
-from datasets import Dataset
 
 from distill.data.batches import PackedRows
 
+if TYPE_CHECKING:
+    from datasets import Dataset
 
-def describe_table(what: str, documents: Dataset, rows: Dataset, form: str, sequence_length: int) -> str:
+
+def describe_table(what: str, documents: "Dataset", rows: "Dataset", form: str, sequence_length: int) -> str:
     """One source: its documents, how full its rows are, what was cut and what was left out."""
+    import pyarrow.compute as pc
+
     sums = {name: int(np.sum(rows[name][:])) for name in ("documents", "cut_documents", "cut_tokens")}
     tokens = int(pc.sum(pc.list_value_length(rows.data.column("input_ids"))).as_py())
     filled = tokens / (rows.num_rows * sequence_length)

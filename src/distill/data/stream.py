@@ -16,17 +16,19 @@ import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import IterableDataset
 from torch.utils.data import get_worker_info
 
 from distill.data.batches import collate
 from distill.data.forms import form_of
 from distill.data.packing import Packer, no_labels
 from distill.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
 
 COUNTS = ("documents", "cut_documents", "cut_tokens")  # of the rows that were read
 
@@ -48,7 +50,7 @@ class Stream:
         weight: share of the rows in a mixture.
     """
 
-    documents: IterableDataset
+    documents: "IterableDataset"
     columns: dict[str, str]
     packer: Packer
     block: int = 1000

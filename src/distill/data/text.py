@@ -1,7 +1,8 @@
 """Where documents come from: hub data sets and local files become one `datasets` table with the columns of one form.
 
 A text file is one document; tables (JSON, Parquet, CSV, hub) hold one per row. `datasets` reads, checks and caches, so
-a second run starts from memory-mapped Arrow files; the price is a copy of local text in its cache.
+a second run starts from memory-mapped Arrow files; the price is a copy of local text in its cache. It is imported where
+it is used, since that takes most of a second, which `--help` and mistakes in a configuration should not cost.
 """
 
 import codecs
@@ -10,14 +11,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import datasets
-from datasets import Dataset, IterableDataset
+from typing import TYPE_CHECKING, Any
 
 from distill.data.forms import FormOption, recognise
 from distill.errors import UserError
 from distill.sources import resolve
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
 
 TABLES: dict[str, tuple[str, dict[str, Any]]] = {
     ".json": ("json", {}),
@@ -37,7 +38,7 @@ def load_documents(
     messages_column: str = "messages",
     form: FormOption = "auto",
     key: str = "data.dataset",
-) -> Dataset:
+) -> "Dataset":
     """All documents of one or more sources, in order: a table with the columns of one form alone, see `recognise`.
 
     Args:
@@ -52,6 +53,8 @@ def load_documents(
     Raises:
         UserError: missing or empty data, unreadable files, a column that is not there or holds something else.
     """
+    import datasets
+
     parts = []
     for name in [source] if isinstance(source, str) else source:
         for table in _load(name, config, split, key):
@@ -89,7 +92,7 @@ def open_stream(
     messages_column: str = "messages",
     form: FormOption = "auto",
     key: str = "data.dataset",
-) -> tuple[IterableDataset, dict[str, str]]:
+) -> tuple["IterableDataset", dict[str, str]]:
     """The documents of one source as they are read, and the columns of their form, see `recognise`.
 
     Args:
@@ -104,6 +107,8 @@ def open_stream(
     Raises:
         UserError: as `load_documents` does, for the first document; several streams, whose lengths nobody knows.
     """
+    import datasets
+
     names = [source] if isinstance(source, str) else source
     streams = [stream for name in names for stream in _load(name, config, split, key, streaming=True)]
     if len(streams) != 1:
@@ -117,7 +122,7 @@ def open_stream(
         raise UserError(f"{key}: {source!r} cannot be read ({_reason(error)}); repair it") from error
     if first is None:
         raise UserError(f"{key}: {source!r} has no documents; give a source with text")
-    features = streams[0].features or Dataset.from_list([first]).features
+    features = streams[0].features or datasets.Dataset.from_list([first]).features
     return streams[0], recognise(features, source, form=form, text_column=text_column, messages_column=messages_column)
 
 
@@ -155,6 +160,8 @@ def _hidden(path: Path) -> bool:
 
 def _load_files(files: list[Path], key: str, streaming: bool) -> list[Any]:
     """One table, or stream, per kind of file, each in the order of its files."""
+    import datasets
+
     by_kind: dict[str, list[str]] = {}
     for path in files:
         suffix = path.suffix.lower()
@@ -191,6 +198,8 @@ def _is_text(path: Path) -> bool:
 
 
 def _load_hub(name: str, config: str | None, split: str, key: str, streaming: bool) -> list[Any]:
+    import datasets
+
     try:
         with bars_on_terminals():
             loaded = datasets.load_dataset(name, config, split=split, streaming=streaming)
@@ -212,6 +221,8 @@ def _load_hub(name: str, config: str | None, split: str, key: str, streaming: bo
 @contextmanager
 def bars_on_terminals() -> Iterator[None]:
     """Progress bars of `datasets` only where someone can see them move."""
+    import datasets
+
     on = not datasets.are_progress_bars_disabled()
     if on and not sys.stderr.isatty():
         datasets.disable_progress_bars()
