@@ -57,10 +57,8 @@ def assets(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture
-def config(assets, tmp_path, monkeypatch) -> dict:
-    """A configuration of a run of a few seconds with all six components; the working directory is empty."""
-    monkeypatch.chdir(tmp_path)
+def small_config(assets: Path) -> dict:
+    """A configuration of a run of a few seconds with the six components of KD, next tokens and routing."""
     return {
         "seed_everything": 1,
         "model": {
@@ -78,6 +76,13 @@ def config(assets, tmp_path, monkeypatch) -> dict:
         "trainer": {"max_steps": 20, "accelerator": "cpu", "log_every_n_steps": 1},
         "progress": None,
     }
+
+
+@pytest.fixture
+def config(assets, tmp_path, monkeypatch) -> dict:
+    """`small_config`; the working directory is empty."""
+    monkeypatch.chdir(tmp_path)
+    return small_config(assets)
 
 
 @pytest.fixture

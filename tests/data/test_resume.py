@@ -1,13 +1,10 @@
 """Runs broken off anywhere go on with exactly the batches that were left."""
 
-from contextlib import suppress
-
-import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 
-from distill.data import DistillationDataModule
+from broken_off import Break, noted_run
 from distill.errors import UserError
 
 pytestmark = [
@@ -20,44 +17,10 @@ ROWS, BATCH = 14, 2  # seven micro-batches per epoch: with two per step, the las
 EPOCHS = 2
 
 
-class Notes(L.LightningModule):
-    """Notes ids and units of every batch that it trained on; its weight depends on their order."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(()))
-        self.seen: list[tuple[list[int], int]] = []
-
-    def training_step(self, batch, batch_idx):
-        self.seen.append((batch["input_ids"][:, 0].tolist(), batch["units"]["tokens"]))
-        return self.weight**2 * batch["input_ids"].float().mean() / 1000
-
-    def validation_step(self, batch, batch_idx):
-        assert batch["units"]["micro_batches"] == 1
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), 0.1)
-
-
-class PowerCut(RuntimeError):
-    """What breaks a run off."""
-
-
-class Break(Callback):
-    """Raises before a batch, counted over epochs."""
-
-    def __init__(self, at: int):
-        self.at = at
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if len(module.seen) == self.at:
-            raise PowerCut
-
-
 @pytest.fixture
 def run(assets, tmp_path):
     def call(*callbacks, ckpt_path=None, data_options=None, **trainer_options):
-        options = {"max_epochs": EPOCHS, "accumulate_grad_batches": 2, "num_sanity_val_steps": 0} | trainer_options
+        options = {"max_epochs": EPOCHS} | trainer_options
         data = {
             "dataset": str(assets / "text.txt"),
             "tokenizer": str(assets / "llama"),
@@ -66,19 +29,7 @@ def run(assets, tmp_path):
             "max_sequences": ROWS,
             "max_validation_sequences": 2,
         } | (data_options or {})
-        module = Notes()
-        trainer = L.Trainer(
-            accelerator="cpu",
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=bool(callbacks),
-            callbacks=list(callbacks),
-            **options,
-        )
-        with suppress(PowerCut):
-            trainer.fit(module, DistillationDataModule(**data), ckpt_path=ckpt_path, weights_only=True)
-        return module
+        return noted_run(data, callbacks, ckpt_path, **options)
 
     return call
 

@@ -4,15 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 
-from distill.data import DistillationDataModule
+from broken_off import Break, noted_run
 from distill.errors import UserError
 
 pytestmark = [
@@ -34,44 +32,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-class Notes(L.LightningModule):
-    """Notes what it trained on."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(()))
-        self.seen: list[tuple[list[list[int]], dict]] = []
-
-    def training_step(self, batch, batch_idx):
-        self.seen.append((batch["input_ids"].tolist(), batch["units"]))
-        return self.weight**2 * batch["input_ids"].float().mean() / 1000
-
-    def validation_step(self, batch, batch_idx):
-        assert batch["units"]["micro_batches"] == 1
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), 0.1)
-
-
-class PowerCut(RuntimeError):
-    """What breaks a run off."""
-
-
-class Break(Callback):
-    """Raises before a batch."""
-
-    def __init__(self, at: int):
-        self.at = at
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if len(module.seen) == self.at:
-            raise PowerCut
-
-
 @pytest.fixture
 def run(assets, folder):
     def call(*callbacks, ckpt_path=None, data_options=None, **trainer_options):
-        options = {"max_steps": STEPS, "accumulate_grad_batches": 2, "num_sanity_val_steps": 0} | trainer_options
+        options = {"max_steps": STEPS} | trainer_options
         data = {
             "dataset": str(folder / "*.jsonl"),
             "tokenizer": str(assets / "llama"),
@@ -80,19 +44,7 @@ def run(assets, folder):
             "shuffle_buffer": 5,
             "per_device_batch_size": 2,
         } | (data_options or {})
-        module = Notes()
-        trainer = L.Trainer(
-            accelerator="cpu",
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=bool(callbacks),
-            callbacks=list(callbacks),
-            **options,
-        )
-        with suppress(PowerCut):
-            trainer.fit(module, DistillationDataModule(**data), ckpt_path=ckpt_path, weights_only=True)
-        return module
+        return noted_run(data, callbacks, ckpt_path, **options)
 
     return call
 
