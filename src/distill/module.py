@@ -20,15 +20,14 @@ from transformers import PreTrainedModel
 
 from distill import checkpoints, models, students
 from distill.breakdown import WEIGHT_KEY, LossBreakdown
+from distill.build import build_models
 from distill.curriculum import WEIGHT_KEYS, CurriculumState
-from distill.cut import most_important_layers
 from distill.errors import UserError
 from distill.idle import IdleParameters
 from distill.lora import LoRA
 from distill.losses.attention import AttentionTransfer
 from distill.losses.contrastive import Contrastive
 from distill.losses.engine import KDLoss
-from distill.losses.head import check_lm_head, lm_head_of
 from distill.losses.layerwise import Layerwise
 from distill.losses.routing import Routing
 from distill.metrics import DistillationMetrics
@@ -194,26 +193,7 @@ class DistillationModule(L.LightningModule):
             return
         check_strategy(self.trainer.strategy)
         torch.set_float32_matmul_precision(self.matmul_precision)
-        dtype: str = self.teacher_dtype
-        if dtype == "auto":
-            dtype = {"32-true": "float32", "64-true": "float64"}.get(self.trainer.precision, "bfloat16")
-        target = getattr(torch, dtype)
-        loaded = torch.float32 if self.student_sources["student_layers"] is not None else target
-        teacher = models.load_model(self.teacher_source, dtype=loaded, key="model.teacher", **self.load_options)
-        sources = self.student_sources
-        if self.student_layers_by == "importance" and isinstance(count := sources["student_layers"], int):
-            sources = sources | {"student_layers": most_important_layers(teacher, count, self._calibration_ids())}
-        self.student = models.build_student(teacher, self.teacher_source, **sources, **self.load_options)
-        check_lm_head(teacher, lm_head_of(teacher))
-        check_lm_head(self.student.eval(), lm_head_of(self.student))  # dropout would look like another head
-        if getattr(getattr(self.trainer, "datamodule", None), "packing", False):
-            models.check_packing(teacher, "model.teacher")
-            models.check_packing(self.student, "model.student")
-        if self.lora is not None:
-            self.lora.add_to(self.student)
-        if self.gradient_checkpointing:
-            self.student.activation_checkpointing_enable()
-        self.student.train()
+        teacher, self.student = build_models(self)
         if self.routing is not None:
             self.routing.build(teacher, self.student.config)
         if self.attention is not None:
@@ -227,7 +207,7 @@ class DistillationModule(L.LightningModule):
             names = [f"contrastive.{name}" for name, _ in self.contrastive.named_buffers()]
             self._ddp_params_and_buffers_to_ignore = names
         self._idle = IdleParameters(self.student, self.auxiliaries)
-        self.teacher = OnlineTeacher(teacher.to(target), self.teacher_top_k)
+        self.teacher = OnlineTeacher(teacher, self.teacher_top_k)
         if self.teacher_quantization is not None:
             quantize(teacher)
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
@@ -240,14 +220,6 @@ class DistillationModule(L.LightningModule):
         if self.torch_compile:
             self.student.get_decoder().compile()
             teacher.get_decoder().compile()
-
-    def _calibration_ids(self) -> Tensor:
-        """Token ids [B, L] of the first training rows."""
-        rows = getattr(getattr(self.trainer, "datamodule", None), "train_rows", None)
-        if rows is None:
-            raise UserError("model.student_layers_by: importance is measured on rows of a table; for streams set even")
-        first = [torch.as_tensor(rows[index]["input_ids"]) for index in range(min(8, len(rows)))]
-        return nn.utils.rnn.pad_sequence(first, batch_first=True)
 
     @property
     def features(self) -> list[AttentionTransfer | Layerwise | Contrastive]:
