@@ -73,11 +73,24 @@ class SaveConfig(SaveConfigCallback):
             shutil.rmtree(fresh, ignore_errors=True)
 
 
+class OptionError(UserError):
+    """A key or value that a parser does not take; the parser of the section it stands in adds the section's name."""
+
+
 class Parser(LightningArgumentParser):
-    """A parser whose errors are one line, not the whole usage."""
+    """A parser whose errors are one line with the whole key, not the usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise told(ex) or UserError(shorten(str(message)))
+        section = re.match(r'Parser key "([\w.]+)"', str(message))
+        inner = told(ex)
+        if section and isinstance(inner, OptionError):
+            raise OptionError(f"{section[1]}.{inner}")
+        if inner:
+            raise inner
+        if misspelt := re.match(r"Option '([\w.]+)' is not accepted", str(message)):
+            keys = [action.dest for action in self._actions if action.dest != "help"]
+            raise OptionError(f"{misspelt[1]}: there is no such key; {did_you_mean(misspelt[1], keys)}")
+        raise OptionError(shorten(str(message)))
 
 
 def told(error: BaseException | None) -> UserError | None:
@@ -99,6 +112,7 @@ def shorten(message: str) -> str:
         given = text.rpartition("Given value: ")[2]
         text = text[: union.start()] + ", or ".join(errors) + f" (given: {given})"
     text = re.sub(r"Parser key \"([\w.]+)\"", r"\1", text)
+    text = re.sub(r"^([\w.]+): - .*a dot import path string: (\S+).*", r"\1: \2 is no section; give its keys", text)
     return re.sub(r"Expected a typing.Literal\[(.*?)\]\. Got value: (\S+)", r"\2 is not one of \1", text)
 
 
@@ -140,7 +154,7 @@ class DistillCLI(LightningCLI):
         try:
             super().parse_arguments(parser, args)
         except UserError as error:
-            misspelt = re.search(r"does not accept option '([\w.]+)'|Unrecognized arguments: --([\w.]+)", str(error))
+            misspelt = re.search(r"does not accept option '([\w.]+)'|[Uu]nrecognized arguments: --([\w.]+)", str(error))
             if misspelt is None:
                 raise
             keys = {action.dest for sub in self._subcommand_parsers.values() for action in sub._actions}
