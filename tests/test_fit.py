@@ -196,6 +196,21 @@ def test_the_last_step_is_validated_and_saved_wherever_the_epoch_stands(distill,
     assert Path(cli.trainer.log_dir, "checkpoints", "step=3.ckpt").exists()
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_last_step_is_logged_with_its_own_figures(distill, config, accumulation):
+    options = ("--trainer.max_steps", "7", "--trainer.accumulate_grad_batches", str(accumulation))
+    every = distill("fit", config, *options)
+    some = distill("fit", config, *options, "--trainer.log_every_n_steps", "5")
+    rows = []
+    for cli in (every, some):
+        with Path(cli.trainer.log_dir, "metrics.csv").open() as file:
+            rows.append({int(row["step"]): row for row in csv.DictReader(file) if row["train/loss"]})
+    assert list(rows[1]) == [4, 6]
+    for step, row in rows[1].items():
+        for name in ("train/loss", "train/kd_loss", "train/lr"):
+            assert row[name] == rows[0][step][name]
+
+
 def test_weights_and_temperature_override(distill, config):
     cli = distill(
         "fit",
