@@ -161,7 +161,7 @@ def test_a_template_whose_completions_cannot_be_told(config, refused, tmp_path):
     thinking = ("assistant", "<think>first</think>answer")
     chats(config, tmp_path / "chats.jsonl", ("user", "question"), thinking, ("user", "again"), thinking)
     config["data"] |= {"chat_template": UNSTABLE, "sequence_length": 64}
-    assert re.search(r"data.chat_template: document 0: .*message 1 .*data.completion_only_loss to false", refused())
+    assert re.search(r"data.chat_template: .*chats.jsonl, row 1, .*message 2 .*data.completion_only_loss to false", refused())
 
 
 def test_streams_without_an_end_or_a_choice(config, refused):

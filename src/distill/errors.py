@@ -8,6 +8,20 @@ class UserError(ValueError):
     """Bad input, told in one sentence that names the key, the value and the remedy."""
 
 
+class DocumentError(UserError):
+    """A document that cannot be encoded; who knows where it stands says so.
+
+    Args:
+        reason: what is wrong with it.
+        remedy: what to do.
+        key: YAML key that is to blame.
+    """
+
+    def __init__(self, reason: str, remedy: str, key: str = "data.dataset") -> None:
+        super().__init__(f"{key}: {reason}; {remedy}")
+        self.reason, self.remedy, self.key = reason, remedy, key
+
+
 class RunError(RuntimeError):
     """A run can't go on for a reason outside its configuration, told in one sentence; exit code 1."""
 

@@ -1,6 +1,7 @@
 """Ids, labels and bytes of every form against transformers' own templates and masks, and what is refused."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from chat_templates import MARKED, PLAIN, UNSTABLE
 from distill.data.chat import Chat, decoded_bytes, read_template
 from distill.data.encode import Encoder
 from distill.data.packing import pack
-from distill.data.text import load_documents
+from distill.data.text import load_documents, place_of
 from distill.errors import UserError
 
 
@@ -139,15 +140,58 @@ def test_a_template_that_changes_what_was_said_is_refused_and_names_the_document
     thought = turns("a", "<think>hm</think>b", "c", "d")
     encode = Encoder(chat_tokenizer, Chat(UNSTABLE))
     assert (encode({"messages": [turns("a", "b", "c", "d")]})[0][1] != -100).any()  # nothing is left out here
-    with pytest.raises(UserError, match=r"data.chat_template: document 8: .*message 1 .*{% generation %}") as caught:
+    with pytest.raises(UserError, match=r"data.chat_template: document 9: .*message 2 .*{% generation %}") as caught:
         encode({"messages": [CONVERSATIONS[0], thought]}, first=7)
     assert "\n" not in str(caught.value)
 
 
 def test_a_template_that_refuses_a_conversation(chat_tokenizer):
     picky = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}" + PLAIN
-    with pytest.raises(UserError, match=r"data.dataset: document 0 is refused by the chat template \(user first\)"):
+    with pytest.raises(UserError, match=r"data.dataset: document 1: the chat template refuses it \(user first\)"):
         Encoder(chat_tokenizer, Chat(picky))({"messages": [turns("a", "b", system="s")]})
+
+
+def test_a_conversation_that_the_assistant_opens(chat_tokenizer):
+    opened = [{"role": "assistant", "content": "I start."}, *turns("You do.", "Yes.")]
+    for system in ([], [{"role": "system", "content": "s"}]):
+        [(ids, labels, _)] = Encoder(chat_tokenizer, Chat(PLAIN))({"messages": [system + opened]})
+        expected, mask = reference(chat_tokenizer, system + opened)
+        assert labels.tolist() == labels_of(expected, mask)
+        assert chat_tokenizer.decode(ids[labels != -100]) == "I start.<|im_end|>Yes.<|im_end|>"
+    default = "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}"
+    [(ids, labels, _)] = Encoder(chat_tokenizer, Chat(default + PLAIN))({"messages": [opened]})
+    assert chat_tokenizer.decode(ids[labels != -100]) == "I start.<|im_end|>Yes.<|im_end|>"
+    unmarked = PLAIN.replace("add_generation_prompt", "false")
+    with pytest.raises(UserError, match=r"document 1: what comes before message 1 "):
+        Encoder(chat_tokenizer, Chat(unmarked))({"messages": [opened]})
+
+
+def test_an_error_of_a_template_is_told(chat_tokenizer):
+    with pytest.raises(UserError, match=r"document 1: the chat template refuses it .*; repair or remove it"):
+        Encoder(chat_tokenizer, Chat(PLAIN + "{{ messages[0]['content'].index('z') }}"))({"messages": [MESSAGES]})
+
+
+def test_rows_that_are_no_conversations_are_named_with_their_file(chat_tokenizer, tmp_path):
+    good, without = {"messages": MESSAGES}, {"messages": [MESSAGES[0], {"role": "assistant", "content": None}]}
+    nobody = {"messages": [{"content": "a"}]}
+    for name, rows in (("a", [good] * 3), ("b", [good, without, nobody, without, without])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"config": None, "split": "train", "text_column": "text"}
+    documents = load_documents(str(tmp_path), **options)
+    with pytest.raises(UserError) as caught:
+        pack(documents, chat_tokenizer, 64, True, Chat(PLAIN), place=partial(place_of, str(tmp_path)))
+    b = tmp_path / "b.jsonl"
+    assert str(caught.value) == (
+        f"data.dataset: {b}, row 2, {b}, row 4: message 2 (assistant) has no content; "
+        f"{b}, row 3: message 1 has no role; repair or remove it"
+    )
+
+
+def test_calls_of_tools_come_without_content(chat_tokenizer):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "now", "arguments": {}}}]}
+    template = PLAIN.replace("message['content']", "(message['content'] or message['tool_calls'][0].function.name)")
+    [(ids, labels, _)] = Encoder(chat_tokenizer, Chat(template))({"messages": [[MESSAGES[0], call]]})
+    assert chat_tokenizer.decode(ids[labels != -100]) == "now<|im_end|>"
 
 
 def test_variables_of_the_template(chat_tokenizer):
@@ -172,9 +216,9 @@ def test_no_template_anywhere(tokenizer):
 @pytest.mark.parametrize(
     ("row", "told"),
     [
-        ({"input_ids": [1, 2, 3], "labels": [1, 2]}, "document 0 has 3 input_ids and 2 labels"),
-        ({"input_ids": [1, 99999]}, "document 0 has the id 99999"),
-        ({"input_ids": [1, 2], "labels": [-1, 2]}, "document 0 has the id -1"),
+        ({"input_ids": [1, 2, 3], "labels": [1, 2]}, "document 1: 3 input_ids and 2 labels"),
+        ({"input_ids": [1, 99999]}, "document 1: the id 99999"),
+        ({"input_ids": [1, 2], "labels": [-1, 2]}, "document 1: the id -1"),
     ],
 )
 def test_tokens_that_cannot_be(tokenizer, row, told):
@@ -217,6 +261,15 @@ def test_forms_are_told_by_columns(tmp_path, row, options, columns):
         ({"text": "t"}, {"form": "messages"}, "data.messages_column: 'messages' is no column"),
         ({"messages": "t"}, {}, "data.messages_column: 'messages' .* holds no lists of messages"),
         ({"messages": [{"from": "human", "value": "a"}]}, {}, "data.messages_column: .* with role and content"),
+        ({"messages": [{"from": "human", "value": "a"}]}, {}, "rename from and value to role and content"),
+        ({"conversations": MESSAGES}, {}, "set data.messages_column: conversations"),
+        ({"conversations": MESSAGES}, {"form": "messages"}, "set data.messages_column: conversations"),
+        (
+            {"conversations": [{"from": "gpt", "value": "a"}]},
+            {},
+            "human and gpt to user .*messages_column: conversations",
+        ),
+        ({"instruction": "q", "output": "a"}, {}, "rename instruction and output to prompt and completion"),
         ({"prompt": "p"}, {"form": "prompt_completion"}, "data.format: prompt_completion needs the column completion"),
         ({"prompt": "p", "completion": MESSAGES}, {}, "data.format: prompt and completion .* must both be text"),
         ({"input_ids": "1 2"}, {}, "data.format: input_ids .* holds no lists of token ids"),

@@ -3,8 +3,9 @@
 A template that marks its completions with `{% generation %}` is believed, by transformers' own mask. With any other,
 an assistant's message is what the template adds when the message follows its generation prompt; that the added text is
 the same in the whole conversation is checked for every conversation, at the price of two more renderings per message.
-A token is a target where it holds a character of a completion. Line breaks behind the token that ends a turn are none:
-nobody generates them.
+Nothing comes before a conversation's first message, which some templates cannot render: where the assistant has it, it
+begins behind the first generation prompt in it. A token is a target where it holds a character of a completion. Line
+breaks behind the token that ends a turn are none: nobody generates them.
 
 Letters: T tokens of one document.
 """
@@ -19,7 +20,7 @@ import numpy as np
 from jinja2.exceptions import TemplateError
 from tokenizers.decoders import DecodeStream
 
-from distill.errors import UserError
+from distill.errors import DocumentError, UserError
 from distill.sources import resolve
 
 MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -58,7 +59,7 @@ def template_of(tokenizer: Any, chat: Chat) -> str:
 
 
 def encode_conversation(
-    tokenizer: Any, messages: Sequence[Message], chat: Chat, prompt: int = 0, where: str = "a conversation"
+    tokenizer: Any, messages: Sequence[Message], chat: Chat, prompt: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids, int32 [T], and which of them are targets, bool [T].
 
@@ -67,31 +68,26 @@ def encode_conversation(
         messages: with role and content.
         chat: template and choice of targets.
         prompt: this many messages at the beginning are no targets, whoever says them.
-        where: what error messages call the conversation.
 
     Raises:
-        UserError: the template refuses the messages, or its completions cannot be told.
+        DocumentError: a message lacks role or content, the template refuses them, or completions cannot be told.
+        UserError: there is no template.
     """
     template = template_of(tokenizer, chat)
-    conversation = [_clean(message) for message in messages]
+    conversation = [_clean(number, message) for number, message in enumerate(messages, start=1)]
     marked = chat.completion_only_loss and MARK.search(template) is not None
 
-    def render(upto: int, **options: Any) -> Any:
+    def render(messages: list[Message], **options: Any) -> Any:
         try:
-            return tokenizer.apply_chat_template(
-                conversation[:upto], chat_template=template, **chat.template_options, **options
-            )
-        except (TemplateError, TypeError) as error:
+            return tokenizer.apply_chat_template(messages, chat_template=template, **chat.template_options, **options)
+        except (TemplateError, TypeError, ValueError) as error:
             reason = str(error).partition("\n")[0]
-            raise UserError(
-                f"data.dataset: {where} is refused by the chat template ({reason}); repair or remove it"
-            ) from error
+            raise DocumentError(f"the chat template refuses it ({reason})", "repair or remove it") from error
 
-    text = render(len(conversation), tokenize=False)
+    text = render(conversation, tokenize=False)
     if marked:
         mapping = {"return_offsets_mapping": True}
-        whole = len(conversation)
-        encoded = render(whole, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs=mapping)
+        encoded = render(conversation, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs=mapping)
     else:
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids_T = np.asarray(encoded["input_ids"], dtype=np.int32)
@@ -101,10 +97,17 @@ def encode_conversation(
 
     def opening(index: int) -> str:
         """The text up to where message `index` is generated."""
-        opened: str = render(index, tokenize=False, add_generation_prompt=True)
-        if not text.startswith(opened):
-            _unstable(where, index)
-        return opened
+        if index:
+            opened: str = render(conversation[:index], tokenize=False, add_generation_prompt=True)
+            if not text.startswith(opened):
+                _unstable(index)
+            return opened
+        asked = [{"role": "user", "content": "x"}]
+        prompted = render(asked, tokenize=False, add_generation_prompt=True)
+        mark = prompted.removeprefix(render(asked, tokenize=False))
+        if not mark or mark not in text:
+            _unstable(index)
+        return text[: text.index(mark) + len(mark)]
 
     if marked:
         targets_T = np.asarray(encoded["assistant_masks"], dtype=bool)
@@ -115,9 +118,9 @@ def encode_conversation(
         if index < prompt or message["role"] != "assistant":
             continue
         opened = opening(index)
-        closed = render(index + 1, tokenize=False) if index + 1 < len(conversation) else text
+        closed = render(conversation[: index + 1], tokenize=False) if index + 1 < len(conversation) else text
         if not text.startswith(closed) or len(closed) < len(opened):
-            _unstable(where, index)
+            _unstable(index)
         span_T = (starts_T < len(closed)) & (ends_T > np.maximum(starts_T, len(opened)))
         turn_ends = np.flatnonzero(span_T & special_T)
         if len(turn_ends) and not text[ends_T[turn_ends[-1]] : len(closed)].strip():
@@ -126,16 +129,25 @@ def encode_conversation(
     return ids_T, targets_T
 
 
-def _clean(message: Message) -> Message:
-    """Without the empty keys that a table fills in where messages have different ones."""
+def _clean(number: int, message: Message) -> Message:
+    """Without the empty keys that a table fills in where messages have different ones.
+
+    Templates make "None" of missing content, or refuse it, but for calls of tools, which come without.
+    """
+    remedy = "repair or remove it"
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise DocumentError(f"message {number} has no role", remedy)
+    if message.get("content") is None and not message.get("tool_calls"):
+        raise DocumentError(f"message {number} ({message['role']}) has no content", remedy)
     return {key: value for key, value in message.items() if value is not None or key == "content"}
 
 
-def _unstable(where: str, index: int) -> None:
-    raise UserError(
-        f"data.chat_template: {where}: what comes before message {index} or the message itself reads otherwise in the "
-        "whole conversation, so completions cannot be told; mark them with {% generation %} in a template of your own, "
-        "or set data.completion_only_loss to false"
+def _unstable(index: int) -> None:
+    raise DocumentError(
+        f"what comes before message {index + 1} or the message itself reads otherwise in the whole conversation, so "
+        "completions cannot be told",
+        "mark them with {% generation %} in a template of your own, or set data.completion_only_loss to false",
+        "data.chat_template",
     )
 
 

@@ -4,6 +4,8 @@ Tables are packed once into a cache and read by row number; streams are packed w
 both is that a stream needs `trainer.max_steps` and takes its validation rows from elsewhere or by content.
 """
 
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -19,9 +21,9 @@ from distill.data.mixture import Source, sources_of, split_rows, validation_sour
 from distill.data.packing import Packer, encoder_of, features, fingerprint, pack
 from distill.data.sampler import EveryRowOnce, ResumableLoader, StepSampler
 from distill.data.statistics import describe_read, describe_rows, describe_stream, describe_table
-from distill.data.stream import Stream, StreamBatches, validation_rows
+from distill.data.stream import Stream, StreamBatches, beginning, validation_rows
 from distill.data.stream_loader import StreamLoader
-from distill.data.text import load_documents, open_stream
+from distill.data.text import load_documents, open_stream, place_of
 from distill.errors import UserError
 from distill.models import load_tokenizer
 from distill.signals import leave_signals_to_the_run
@@ -200,7 +202,8 @@ class DistillationDataModule(L.LightningDataModule):
 
         def packed(source: Source, key: str, what: str) -> "Dataset":
             documents = load_documents(source.dataset, **source.options(), key=key)
-            rows = pack(documents, self.tokenizer, self.sequence_length, self.packing, self.chat, key)
+            place = partial(place_of, source.dataset)
+            rows = pack(documents, self.tokenizer, self.sequence_length, self.packing, self.chat, key, place)
             form = form_of(documents.column_names)
             lines.append(describe_table(what, documents, rows, form, self.sequence_length))
             return rows
@@ -222,7 +225,7 @@ class DistillationDataModule(L.LightningDataModule):
 
         def opened(source: Source, key: str, held_out: float) -> Stream:
             documents, columns = open_stream(source.dataset, **source.options(), key=key)
-            encoder = encoder_of(self.tokenizer, self.chat)
+            encoder = replace(encoder_of(self.tokenizer, self.chat), place=partial(beginning, source.dataset))
             packer = Packer(encoder, self.sequence_length, self.packing)
             return Stream(documents, columns, packer, self.shuffle_buffer, self.seed, held_out, source.weight or 1.0)
 

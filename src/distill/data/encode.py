@@ -8,7 +8,7 @@ Letters: T tokens of one document.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,9 +16,10 @@ import numpy as np
 
 from distill.data.chat import Chat, decoded_bytes, encode_conversation, template_of
 from distill.data.forms import form_of
-from distill.errors import UserError
+from distill.errors import DocumentError, UserError
 
 IGNORE = -100  # label of a position that is no target
+TOLD = 3  # bad documents that an error names
 Document = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids and labels, int32 [T]; bytes, int64 [T]
 
 
@@ -75,35 +76,53 @@ class Encoder:
     Args:
         tokenizer: a fast tokenizer.
         chat: template and choice of targets.
+        place: what error messages call a document, from its number (from 1) and its columns.
     """
 
     tokenizer: Any
     chat: Chat
+    place: Callable[[int, Any], str] = "document {}".format
 
     def __call__(self, batch: dict[str, list[Any]], first: int = 0) -> list[Document]:
         """Documents of a batch of columns; those that are missing are empty.
 
         Args:
             batch: the columns of a form.
-            first: number of the first document, for error messages.
+            first: documents before these, for error messages.
 
         Raises:
-            UserError: a document is not of its form.
+            UserError: documents are not of their form; names the first few.
         """
         columns = list(zip(*batch.values(), strict=True))
         form = form_of(list(batch))
         if form == "text":
             return [(ids_T, ids_T, bytes_T) for ids_T, bytes_T in tokenize(self.tokenizer, batch["text"])]
         if form == "tokens":
-            return [self._tokens(*lists, number=first + i) for i, lists in enumerate(columns)]
+            return self._each(self._tokens, columns, first)
         if form == "messages":
-            return [self._conversation(messages or [], 0, first + i) for i, (messages,) in enumerate(columns)]
+            return self._each(self._conversation, columns, first)
         if any(isinstance(side, str) for sides in columns for side in sides):
             return self._completions(batch["prompt"], batch["completion"])
-        return [
-            self._conversation([*(prompt or []), *(completion or [])], len(prompt or []), first + i)
-            for i, (prompt, completion) in enumerate(columns)
-        ]
+        return self._each(self._reply, columns, first)
+
+    def _each(self, encode: Callable[..., Document], columns: list[tuple[Any, ...]], first: int) -> list[Document]:
+        """Documents one by one; of those that cannot be encoded the first few are told in one error."""
+        documents: list[Document] = []
+        bad: list[DocumentError] = []
+        places: dict[str, list[str]] = {}
+        for number, document in enumerate(columns, start=first + 1):
+            try:
+                documents.append(encode(*document))
+            except DocumentError as error:
+                bad.append(error)
+                if (error.key, error.remedy) == (bad[0].key, bad[0].remedy):
+                    places.setdefault(error.reason, []).append(self.place(number, document))
+                if len(bad) == TOLD:
+                    break
+        if bad:
+            told = "; ".join(f"{', '.join(where)}: {reason}" for reason, where in places.items())
+            raise UserError(f"{bad[0].key}: {told}; {bad[0].remedy}") from bad[0]
+        return documents
 
     def key(self, form: str) -> list[Any]:
         """What the result depends on beside the documents, as plain values."""
@@ -120,11 +139,13 @@ class Encoder:
             return None
         return template_of(self.tokenizer, self.chat)
 
-    def _conversation(self, messages: list[dict[str, Any]], prompt: int, number: int) -> Document:
+    def _reply(self, prompt: list[dict[str, Any]] | None, completion: list[dict[str, Any]] | None) -> Document:
+        return self._conversation([*(prompt or []), *(completion or [])], len(prompt or []))
+
+    def _conversation(self, messages: list[dict[str, Any]] | None, prompt: int = 0) -> Document:
         if not messages:
             return _empty()
-        where = f"document {number}"
-        ids_T, targets_T = encode_conversation(self.tokenizer, messages, self.chat, prompt, where)
+        ids_T, targets_T = encode_conversation(self.tokenizer, messages, self.chat, prompt)
         return ids_T, np.where(targets_T, ids_T, IGNORE).astype(np.int32), decoded_bytes(self.tokenizer, ids_T)
 
     def _completions(self, prompts: list[str | None], completions: list[str | None]) -> list[Document]:
@@ -141,15 +162,15 @@ class Encoder:
             documents.append((ids_T, labels_T, bytes_T))
         return documents
 
-    def _tokens(self, ids: Sequence[int] | None, labels: Sequence[int] | None = None, *, number: int) -> Document:
+    def _tokens(self, ids: Sequence[int] | None, labels: Sequence[int] | None = None) -> Document:
         if not ids:
             return _empty()
         ids_T = np.asarray(ids, dtype=np.int64)
         labels_T = ids_T if labels is None else np.asarray(labels, dtype=np.int64)
         if len(labels_T) != len(ids_T):
-            raise UserError(
-                f"data.dataset: document {number} has {len(ids_T)} input_ids and {len(labels_T)} labels; give one "
-                f"label per token, {IGNORE} where it is no target"
+            raise DocumentError(
+                f"{len(ids_T)} input_ids and {len(labels_T)} labels",
+                f"give one label per token, {IGNORE} where it is no target",
             )
         known = len(self.tokenizer)
         wrong = [
@@ -157,9 +178,8 @@ class Encoder:
             *labels_T[(labels_T >= known) | ((labels_T < 0) & (labels_T != IGNORE))],
         ]
         if wrong:
-            raise UserError(
-                f"data.dataset: document {number} has the id {wrong[0]}, which is none of the tokenizer's {known}; "
-                "tokenise with the teacher's tokenizer"
+            raise DocumentError(
+                f"the id {wrong[0]} is none of the tokenizer's {known}", "tokenise with the teacher's tokenizer"
             )
         ids_T = ids_T.astype(np.int32)
         return ids_T, labels_T.astype(np.int32), decoded_bytes(self.tokenizer, ids_T)

@@ -5,6 +5,7 @@ The price of telling them by columns: a table that has several forms is read as 
 `data.format` says otherwise.
 """
 
+from collections.abc import Set
 from typing import TYPE_CHECKING, Any, Literal
 
 from distill.errors import UserError, did_you_mean
@@ -12,8 +13,12 @@ from distill.errors import UserError, did_you_mean
 if TYPE_CHECKING:  # `datasets` takes most of a second to import, which only data that are read should cost
     from datasets import Features
 
+SHAREGPT = "rename from and value to role and content, human and gpt to user and assistant"
+
 Form = Literal["text", "messages", "prompt_completion", "tokens"]
 FormOption = Literal["auto", "text", "messages", "prompt_completion", "tokens"]
+# Columns of other programs that are a prompt and its completion.
+PAIRS = (("instruction", "output"), ("question", "answer"), ("prompt", "response"), ("input", "output"))
 FORMS: tuple[Form, ...] = ("messages", "prompt_completion", "tokens", "text")  # in order of precedence
 
 
@@ -48,7 +53,7 @@ def recognise(
     for column in wanted[chosen]:
         if column not in features:
             if chosen in keys:
-                remedy = did_you_mean(column, features)
+                remedy = _remedy(features, text_column if chosen == "text" else messages_column)
                 raise UserError(f"{keys[chosen]}: {column!r} is no column of {source!r} ({here}); {remedy}")
             raise UserError(
                 f"data.format: {chosen} needs the column {column}, which is none of {source!r} ({here}); rename one to "
@@ -61,9 +66,10 @@ def recognise(
         return {"text": text_column}
     if chosen == "messages":
         if not _is_conversation(features[messages_column]):
+            remedy = SHAREGPT if _is_conversation(features[messages_column], {"from", "value"}) else "name another"
             raise UserError(
                 f"data.messages_column: {messages_column!r} of {source!r} holds no lists of messages with role and "
-                "content; name another"
+                f"content; {remedy}"
             )
         return {"messages": messages_column}
     if chosen == "prompt_completion":
@@ -90,14 +96,27 @@ def form_of(columns: list[str]) -> Form:
     return next((form for column, form in firsts.items() if column in columns), "text")
 
 
+def _remedy(features: "Features", missing: str) -> str:
+    """What to do about a table that lacks a column: what its own columns most likely are."""
+    for column, feature in features.items():
+        if _is_conversation(feature):
+            return f"set data.messages_column: {column}"
+        if _is_conversation(feature, {"from", "value"}):
+            return f"for {column}, {SHAREGPT}, and set data.messages_column: {column}"
+    for prompt, completion in PAIRS:
+        if prompt in features and completion in features:
+            return f"rename {prompt} and {completion} to prompt and completion"
+    return did_you_mean(missing, features)
+
+
 def _is_string(feature: Any) -> bool:
     from datasets import Value
 
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
 
 
-def _is_conversation(feature: Any) -> bool:
+def _is_conversation(feature: Any, keys: Set[str] = frozenset({"role", "content"})) -> bool:
     from datasets import List
 
     inner = feature.feature if isinstance(feature, List) else feature[0] if isinstance(feature, list) else None
-    return isinstance(inner, dict) and {"role", "content"} <= inner.keys()
+    return isinstance(inner, dict) and keys <= inner.keys()

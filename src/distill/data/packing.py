@@ -11,7 +11,8 @@ Letters: D documents, T tokens of one document, S tokens of a stream, L tokens o
 import bisect
 import hashlib
 import json
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -194,6 +195,7 @@ def pack(
     packing: bool,
     chat: Chat = Chat(),  # noqa: B008  (frozen)
     key: str = "data.dataset",
+    place: Callable[[int, Any], str] | None = None,
 ) -> "Dataset":
     """Rows of at most `sequence_length` tokens with the columns of `features`, cached by content.
 
@@ -204,11 +206,13 @@ def pack(
         packing: put documents together; otherwise each starts a row of its own.
         chat: template and choice of targets.
         key: YAML key that error messages name.
+        place: what they call a document, see `Encoder`.
 
     Raises:
         UserError: the tokenizer gives no offsets, a document is not of its form, or no row has a label.
     """
     encoder = encoder_of(tokenizer, chat)
+    encoder = replace(encoder, place=place or encoder.place)
     form = form_of(documents.column_names)
     options = encoder.key(form)
     with bars_on_terminals():

@@ -126,6 +126,11 @@ class Stream:
         return rows[:count]
 
 
+def beginning(source: str | list[str], number: int, document: tuple[Any, ...]) -> str:
+    """What error messages call a document of a stream, which has no number: its source and how it begins."""
+    return f"{source}, the document {json.dumps(document[0], ensure_ascii=False, default=str)[:60]}..."
+
+
 def validation_rows(streams: list[Stream], count: int) -> list[Row]:
     """About `count` rows to validate on, in the shares of the weights."""
     total = sum(stream.weight for stream in streams)

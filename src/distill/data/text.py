@@ -83,6 +83,29 @@ def load_documents(
         ) from error
 
 
+def place_of(source: str | list[str], number: int, document: Any = None) -> str:
+    """File and row of a document of `load_documents`; since files are counted for it, only for error messages.
+
+    Args:
+        source: as for `load_documents`.
+        number: of the document, from 1.
+        document: not looked into.
+    """
+    names = [source] if isinstance(source, str) else source
+    for name in names:
+        files = local_files(name, "data.dataset")
+        if files is None and len(names) == 1:
+            return f"{name}, row {number}"
+        if files is None:
+            break
+        for file in (file for kind in _by_kind(files, "data.dataset").values() for file in kind):
+            rows = _load_files([Path(file)], "data.dataset", streaming=False)[0].num_rows
+            if number <= rows:
+                return f"{file}, row {number}"
+            number -= rows
+    return f"document {number}"
+
+
 def open_stream(
     source: str | list[str],
     *,
@@ -158,10 +181,8 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
 
 
-def _load_files(files: list[Path], key: str, streaming: bool) -> list[Any]:
-    """One table, or stream, per kind of file, each in the order of its files."""
-    import datasets
-
+def _by_kind(files: list[Path], key: str) -> dict[str, list[str]]:
+    """Suffix of TABLES, or nothing for text -> its files in order."""
     by_kind: dict[str, list[str]] = {}
     for path in files:
         suffix = path.suffix.lower()
@@ -171,8 +192,15 @@ def _load_files(files: list[Path], key: str, streaming: bool) -> list[Any]:
                 "for instance by a glob such as folder/**/*.md"
             )
         by_kind.setdefault(suffix if suffix in TABLES else "", []).append(str(path))
+    return by_kind
+
+
+def _load_files(files: list[Path], key: str, streaming: bool) -> list[Any]:
+    """One table, or stream, per kind of file, each in the order of its files."""
+    import datasets
+
     tables = []
-    for suffix, names in by_kind.items():
+    for suffix, names in _by_kind(files, key).items():
         builder, options = TABLES.get(suffix, ("text", {"sample_by": "document"}))
         try:
             with bars_on_terminals():
