@@ -173,8 +173,8 @@ def test_an_error_of_a_template_is_told(chat_tokenizer):
 
 def test_rows_that_are_no_conversations_are_named_with_their_file(chat_tokenizer, tmp_path):
     good, without = {"messages": MESSAGES}, {"messages": [MESSAGES[0], {"role": "assistant", "content": None}]}
-    nobody = {"messages": [{"content": "a"}]}
-    for name, rows in (("a", [good] * 3), ("b", [good, without, nobody, without, without])):
+    nobody, silent = {"messages": [{"content": "a"}]}, {"messages": [MESSAGES[0], {"role": "assistant"}]}
+    for name, rows in (("a", [good] * 3), ("b", [good, without, nobody, silent, without])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = {"config": None, "split": "train", "text_column": "text"}
     documents = load_documents(str(tmp_path), **options)

@@ -116,7 +116,9 @@ def _is_string(feature: Any) -> bool:
 
 
 def _is_conversation(feature: Any, keys: Set[str] = frozenset({"role", "content"})) -> bool:
-    from datasets import List
+    from datasets import Json, List
 
     inner = feature.feature if isinstance(feature, List) else feature[0] if isinstance(feature, list) else None
+    if isinstance(inner, Json):  # messages with different keys: which, is seen where they are encoded
+        return "role" in keys
     return isinstance(inner, dict) and keys <= inner.keys()
