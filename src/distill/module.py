@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from transformers import PreTrainedModel
 from distill import checkpoints, models, students
 from distill.breakdown import WEIGHT_KEY, LossBreakdown
 from distill.build import build_models
+from distill.callbacks.curriculum import Curriculum
+from distill.callbacks.resume import ExactResume
 from distill.curriculum import WEIGHT_KEYS, CurriculumState
 from distill.errors import UserError
 from distill.idle import IdleParameters
@@ -40,6 +43,10 @@ from distill.teachers.online import OnlineTeacher, quantize
 
 class DistillationModule(L.LightningModule):
     """Distils a frozen teacher into a student with the losses and weights that the curriculum says.
+
+    In a trainer without them it brings the callbacks that its results depend on, `Curriculum()` and `ExactResume()`.
+    The command adds what watches, stops and keeps a run: `LossAudit()`, `LastCheckpoint()` and the dumps, and its
+    trainer is `DistillTrainer`.
 
     Args:
         teacher: hub id, folder, GGUF file or `package://name/file` of a causal language model.
@@ -73,6 +80,13 @@ class DistillationModule(L.LightningModule):
         chunk_size: tokens whose logits exist at one time; null = by a byte budget.
         trust_remote_code: run model code that comes with the weights.
         allow_pickle: load weights that are not safetensors.
+
+    Raises:
+        UserError: options that cannot be meant, or not together.
+
+    Example:
+        >>> DistillationModule("Qwen/Qwen3-0.6B", student_layers=14, kd_loss=KDLoss("reverse_kl")).components
+        ['kd_loss', 'lm_loss']
     """
 
     def __init__(
@@ -113,6 +127,18 @@ class DistillationModule(L.LightningModule):
                 f"model.student: {len(chosen)} of student, student_layers and student_config are given "
                 f"({', '.join(chosen) or 'none'}): give exactly one"
             )
+        for key, options, kind in (
+            ("lora", lora, LoRA),
+            ("kd_loss", kd_loss, KDLoss),
+            ("routing", routing, Routing),
+            ("attention", attention, AttentionTransfer),
+            ("layerwise", layerwise, Layerwise),
+            ("contrastive", contrastive, Contrastive),
+        ):
+            if options is not None and not isinstance(options, kind):
+                keys = ", ".join(f"{k}={v!r}" for k, v in options.items()) if isinstance(options, Mapping) else "..."
+                what = f"{options!r} is a {type(options).__name__}"
+                raise UserError(f"model.{key}: {what}; give distill.{kind.__name__}({keys})")
         others = (routing, attention, layerwise, contrastive)
         if kd_loss is None and not lm_loss and all(loss is None for loss in others):
             raise UserError(
@@ -178,6 +204,12 @@ class DistillationModule(L.LightningModule):
         self.metrics = DistillationMetrics()
 
     # Set-up
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The callbacks that results depend on, where the trainer has none of the kind."""
+        present: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        kinds = (Curriculum, ExactResume)
+        return [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in present)]
 
     @cached_property
     def max_context(self) -> int | None:
@@ -469,3 +501,15 @@ class DistillationModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoints.check(checkpoint, self.settings(), self.state_dict())
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Not offered: a checkpoint has no teacher.
+
+        Raises:
+            UserError: says what loads the student, and what goes on with a run.
+        """
+        raise UserError(
+            f"load_from_checkpoint: {checkpoint_path} has no teacher to go on with; distill.load_student(path).model "
+            "is its student, and trainer.fit(module, data, ckpt_path=path) goes on with its run"
+        )

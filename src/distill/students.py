@@ -130,7 +130,7 @@ def is_checkpoint(source: str) -> bool:
 
 
 def load_student(
-    source: str,
+    source: str | Path,
     *,
     tokenizer: str | None = None,
     dtype: torch.dtype | None = None,
@@ -153,6 +153,7 @@ def load_student(
             without what its student needs; a tokenizer that cannot be had.
     """
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    source = str(source)
     if not is_checkpoint(source):
         loaded = models.load_model(source, dtype=dtype or torch.float32, allow_pickle=allow_pickle, key=key, **options)
         return Student(loaded, models.load_tokenizer(tokenizer or source, key=key, **options), {})
