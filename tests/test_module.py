@@ -1,5 +1,6 @@
 """The module on tiny models: any split of a step has one gradient; precisions, golden curve, the other subcommands."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -45,6 +46,18 @@ def test_any_accumulation_has_the_same_losses_and_parameters(distill, config, tm
     ours, theirs = split.trainer.callback_metrics, whole.trainer.callback_metrics
     for name in ("train/loss", "val/loss", "val/kl_div_T1", "train/grad_norm"):
         assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=1e-6)
+
+
+def test_routing_statistics_are_means_over_the_micro_batches_of_a_step(distill, config):
+    shown = []
+    for batch, accumulate in ((8, 1), (4, 2)):  # full rows, and a statistic that is itself a mean over tokens
+        config["data"]["per_device_batch_size"] = batch
+        config["trainer"] |= {"max_steps": 3, "accumulate_grad_batches": accumulate}
+        cli = distill("fit", config, "--curriculum.feature", "0.1")
+        with Path(cli.trainer.log_dir, "metrics.csv").open() as file:
+            shown.append([row for row in csv.DictReader(file) if row["routing/gate_entropy"]])
+    for whole, split in zip(*shown, strict=True):
+        assert float(split["routing/gate_entropy"]) == pytest.approx(float(whole["routing/gate_entropy"]), rel=1e-6)
 
 
 def test_a_short_last_window_still_divides_by_the_accumulation(distill, config):

@@ -334,14 +334,14 @@ class DistillationModule(L.LightningModule):
         total = total * (1 + 0 * total.detach())  # where it is not finite, neither is any of its gradient
 
         if due:
-            self._step_sums.add(breakdown, accumulation, starts=batch_idx % accumulation == 0)
+            self._step_sums.add(breakdown, result.routing_stats, accumulation, batch_idx % accumulation == 0)
         step = None
         if (batch_idx + 1) % accumulation == 0 or self.trainer.is_last_batch:
             self._throughput.add(batch["units"]["tokens"])
             if due:
-                step = self._step_sums.whole(breakdown)
+                step, stats = self._step_sums.whole(breakdown, result.routing_stats)
                 if self._logs_this_step():
-                    self._log_step(step, result.routing_stats)
+                    self._log_step(step, stats)
         return {"loss": total, "total": total.detach(), "breakdown": breakdown, "step": step}
 
     def _logs_this_step(self) -> bool:

@@ -9,31 +9,42 @@ import time
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from distill.breakdown import LossBreakdown
 
 
 class StepSums:
-    """Adds up the breakdowns of one accumulation window."""
+    """Adds up what the micro-batches of one accumulation window yielded."""
 
     def __init__(self) -> None:
-        self._sums = torch.zeros(0)
+        self._sums, self._count = torch.zeros(0), 0
 
-    def add(self, breakdown: LossBreakdown, accumulation: int, starts: bool) -> None:
+    def add(self, breakdown: LossBreakdown, stats: dict[str, Tensor], accumulation: int, starts: bool) -> None:
         """Adds a micro-batch, whose raw values carry the factor `accumulation`; `starts` opens a new window."""
-        if not breakdown.raw:
+        values = [value.double() / accumulation for value in breakdown.raw.values()]
+        values += [value.double() for value in stats.values()]
+        if not values:
             return
-        values = torch.stack([value.double() / accumulation for value in breakdown.raw.values()])
-        self._sums = values if starts or len(self._sums) != len(values) else self._sums + values
+        starts = starts or len(self._sums) != len(values)
+        self._sums = torch.stack(values) + (0 if starts else self._sums)
+        self._count = 1 if starts else self._count + 1
 
-    def whole(self, breakdown: LossBreakdown) -> LossBreakdown:
-        """The breakdown of the whole step over all ranks; `breakdown` is of its last micro-batch here."""
-        if not breakdown.raw:
-            return breakdown
+    def whole(self, breakdown: LossBreakdown, stats: dict[str, Tensor]) -> tuple[LossBreakdown, dict[str, Tensor]]:
+        """The breakdown of the whole step over all ranks, and means of the statistics over its micro-batches.
+
+        Args:
+            breakdown: of the step's last micro-batch here; its values are replaced.
+            stats: the same.
+        """
+        if not breakdown.raw and not stats:
+            return breakdown, stats
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self._sums)  # unlike Lightning's reduce, without a barrier that the host waits at
             self._sums /= dist.get_world_size()
-        return LossBreakdown(dict(zip(breakdown.raw, self._sums.unbind(), strict=True)), breakdown.weights)
+        raw, means = self._sums.split([len(breakdown.raw), len(stats)])
+        step = LossBreakdown(dict(zip(breakdown.raw, raw.unbind(), strict=True)), breakdown.weights)
+        return step, dict(zip(stats, (means / self._count).unbind(), strict=True))
 
 
 def peak_memory_gib(device: torch.device) -> float:
