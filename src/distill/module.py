@@ -345,7 +345,7 @@ class DistillationModule(L.LightningModule):
         return {"loss": total, "total": total.detach(), "breakdown": breakdown, "step": step}
 
     def _logs_this_step(self) -> bool:
-        """Whether loggers take what this optimizer step logs: every so many, and the last, which Lightning always takes.
+        """Whether loggers take what this optimizer step logs: every so many, and the last, which Lightning always does.
 
         The others do without: `log` costs most of a millisecond an entry.
         """
