@@ -72,7 +72,7 @@ def refused(config, tmp_path, monkeypatch, capfd):
         ("model.routing.tau", -1.0, r"model.routing.tau: -1.0"),
         ("model.routing.student_layers", [0, 99], r"model.routing.student_layers: 99 is not a layer"),
         ("curriculum.kd", [0.3, 0.1], r"curriculum.kd: .*given: \[0.3, 0.1\]"),
-        ("trainer.val_check_interval", 100000, r"val_check_interval.*check_val_every_n_epoch=None"),
+        ("trainer.val_check_interval", 100000, r"^trainer.val_check_interval: 100000 micro-batches .* epoch's \d+; set .*epoch: null"),
         ("model.learning_rate", 0.0, r"model.learning_rate: 0.0 must be above 0"),
         ("data.dataset", "nowhere/at_all.txt", r"data.dataset.*nowhere/at_all.txt"),
         ("data.sequence_length", 4096, r"data.sequence_length.*4096"),

@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from distill.preflight.checks import (
     Vocabulary,
     alignment_rows,
     batch_findings,
+    held_out_findings,
     knots_of,
     schedule_findings,
     sparkline,
@@ -119,6 +121,33 @@ def test_the_example_shows_shift_and_documents(batch):
     assert rows[3] == ("3", "2 'c'", "", "no", "1:3"), "the next document's first token is nobody's label"
     assert rows[4] == ("4", "8 'i'", "9 'j'", "yes", "2:0")
     assert rows[6][3:] == ("no", "padding")
+
+
+def test_the_example_shows_where_targets_begin_and_end():
+    class Letters:
+        def decode(self, ids):
+            return str(ids[0])
+
+    ids = list(range(40))
+    labels = [t if 20 <= t < 30 else -100 for t in ids]
+    made = {"input_ids": ids, "labels": labels, "document_lengths": [36, 4], "bytes": 1}
+    shown = [row[0] for row in alignment_rows(collate([made], 40, 0, {"tokens": 10}), Letters())]
+    first, begins, ends = range(12), range(16, 23), range(26, 33)  # position 19 predicts the first target
+    assert shown == [*map(str, first), "...", *map(str, begins), "...", *map(str, ends), *map(str, range(33, 40))]
+
+
+@pytest.mark.parametrize(
+    ("share", "rows", "most", "found"),
+    [(0.01, 1, None, 1), (0.01, 8, None, 0), (0.5, 4, 4, 0), (0.01, 3, 4, 1), ("held_out.txt", 1, None, 0)],
+)
+def test_few_validation_rows_that_nobody_asked_for_are_named(share, rows, most, found):
+    data = SimpleNamespace(
+        validation_split=share, validation_rows=range(rows), max_validation_sequences=most, train_rows=range(27)
+    )
+    findings = held_out_findings(data)
+    assert len(findings) == found
+    if rows == 1 and found:
+        assert findings[0].startswith("data.validation_split: 0.01 leaves 1 row of 28 to validate on")
 
 
 def test_counting_tokens_is_what_its_formula_says():
@@ -230,7 +259,11 @@ def test_bad_input_is_refused_as_fit_does(config, distill):
     config["curriculum"] = {"layerwise": 0.1}
     with pytest.raises(UserError, match=r"curriculum.layerwise: 0.1 weighs nothing here"):
         distill("check", config)
-    config["curriculum"], config["data"]["sequence_length"] = {}, 4096
+    config["curriculum"], config["trainer"]["val_check_interval"] = {}, 100_000
+    for command in ("check", "fit"):
+        with pytest.raises(UserError, match=r"trainer.val_check_interval: 100000 micro-batches are more than an epoch"):
+            distill(command, config)
+    config["trainer"]["check_val_every_n_epoch"], config["data"]["sequence_length"] = None, 4096
     with pytest.raises(UserError, match=r"data.sequence_length"):
         distill("check", config)
 

@@ -27,6 +27,23 @@ def horizon_of(trainer: L.Trainer) -> int:
     return int(steps)
 
 
+def check_validation_interval(interval: float, batches: float) -> None:
+    """Refuses a run that would never validate within an epoch.
+
+    Args:
+        interval: `val_check_interval`; a share of an epoch, or an int, micro-batches.
+        batches: micro-batches of an epoch on one rank.
+
+    Raises:
+        UserError: the interval is longer than the epoch.
+    """
+    if isinstance(interval, int) and interval > batches:
+        raise UserError(
+            f"trainer.val_check_interval: {interval} micro-batches are more than an epoch's {batches}; set "
+            "trainer.check_val_every_n_epoch: null, or a smaller one"
+        )
+
+
 def adamw(
     modules: Iterable[tuple[nn.Module | None, float]],
     weight_decay: float,

@@ -35,6 +35,7 @@ from distill.checkpoint_files import find_last, is_whole
 from distill.data.datamodule import DistillationDataModule
 from distill.errors import RunError, UserError, did_you_mean
 from distill.module import DistillationModule
+from distill.optim import check_validation_interval
 from distill.trainer import DistillTrainer, environment
 
 # Key -> class of the callbacks, in the order in which they print; on by default but for those of OFF.
@@ -224,6 +225,8 @@ def run(args: list[str] | None = None) -> DistillCLI:
     except (ValueError, MisconfigurationException) as error:
         if (ours := told(error)) is not None:
             raise ours from None
+        if rare := re.search(r"`val_check_interval` \((\d+)\) must be less .* batches \((\d+)\)", str(error)):
+            check_validation_interval(int(rare[1]), int(rare[2]))
         if isinstance(error, MisconfigurationException) or re.search("val_check_interval|Does not vali", str(error)):
             raise UserError(f"trainer: {shorten(str(error))}") from error
         raise

@@ -20,6 +20,7 @@ from distill.losses.head import lm_head_of
 from distill.preflight.checks import (
     Vocabulary,
     batch_findings,
+    held_out_findings,
     special_ids,
     teacher_findings,
     unigram_nll,
@@ -66,6 +67,7 @@ def quick_findings(trainer: L.Trainer, module: Any, datamodule: Any) -> tuple[li
         ]
         findings += vocabulary_findings(Vocabulary("tokenizer", len(tokenizer), special_ids(tokenizer)), sides)
     if rows is not None and len(rows):
+        findings += held_out_findings(datamodule)
         batch = to_device(next(single_rows(rows)), module.device)
         findings += batch_findings(batch, min(sizes))
         if teacher is not None:

@@ -8,6 +8,7 @@ be planned on this one. The price: the time of a step is that of one row here, t
 import math
 import time
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from distill.callbacks.preflight import counting_nll, single_rows, to_device
 from distill.errors import UserError
 from distill.metrics import DistillationMetrics
 from distill.objective import Losses
-from distill.optim import horizon_of
+from distill.optim import check_validation_interval, horizon_of
 from distill.preflight.checks import (
     Vocabulary,
     alignment_rows,
     batch_findings,
+    held_out_findings,
     schedule_findings,
     special_ids,
     teacher_findings,
@@ -45,7 +47,8 @@ from distill.preflight.tables import (
     vocabulary_table,
 )
 
-VALIDATED_ROWS, VALIDATING_S = 8, 2.0  # rows at most, and no further one after so many seconds
+VALIDATED_ROWS = 8  # of an accelerator; a CPU's only row is the one that is timed
+FAST_S = 0.5  # below it, what a device does once and for all was a good part of the time
 ASSUMED_TFLOPS = 100.0  # that an accelerator reaches which is not here
 MARGIN = 1.1  # what allocators and libraries take beyond the estimate
 
@@ -147,7 +150,19 @@ def _attach(this: Check) -> int:
     if this.plan.weights:
         this.curriculum.on_fit_start(trainer, module)
     this.findings += schedule_findings(module.warmup_steps, horizon, module.learning_rate)
+    this.findings += held_out_findings(datamodule)
+    if datamodule.train_rows is not None and trainer.check_val_every_n_epoch is not None and trainer.limit_val_batches:
+        _validates(this)
     return horizon
+
+
+def _validates(this: Check) -> None:
+    """Refuses a run on the planned devices that Lightning would refuse: one that never validates within an epoch."""
+    trainer, data = this.trainer, this.datamodule
+    batches = math.ceil(data.train_dataloader().steps.rows / (data.per_device_batch_size * this.plan.devices))
+    limit = trainer.limit_train_batches
+    batches = min(limit, batches) if isinstance(limit, int) else int(batches * limit)
+    check_validation_interval(trainer.val_check_interval, batches)
 
 
 def _vocabularies(this: Check, teacher: Any, student: Any) -> None:
@@ -178,16 +193,16 @@ def _measure(this: Check) -> float:
     module.curriculum = this.curriculum.state_at(1, 1)  # with every component that the run will have
     with this.trainer.precision_plugin.forward_context():
         seconds, result = _timed_row(module, batches[0])
-        metrics.update(result.token_stats, batches[0]["bytes"])
-        if seconds < VALIDATING_S / 4:  # a fast device: what it does once and for all was in that time too
+        validated = [result]
+        if seconds < FAST_S:
             seconds, _ = _timed_row(module, batches[0])
-        stop = time.perf_counter() + VALIDATING_S - seconds
+        if module.device.type != "cpu":
+            batches += islice(rows, VALIDATED_ROWS - 1)
         with torch.no_grad():
-            while (
-                time.perf_counter() < stop and len(batches) < VALIDATED_ROWS and (row := next(rows, None)) is not None
-            ):
-                batches.append(row)
-                metrics.update(module.losses(row, share=1.0, metrics=True, components=[]).token_stats, row["bytes"])
+            validated += [module.losses(row, share=1.0, metrics=True, components=[]) for row in batches[1:]]
+    for losses, batch in zip(validated, batches, strict=True):
+        assert losses.token_stats is not None
+        metrics.update(losses.token_stats, batch["bytes"])
     this.raw = {name: float(value) for name, value in result.breakdown.raw.items()}
     for name, value in this.raw.items():
         if not math.isfinite(value):
@@ -196,7 +211,7 @@ def _measure(this: Check) -> float:
     unigram = counting_nll(this.datamodule, batches, head_size(this.teacher))
     if "teacher_nll" in figures:
         this.findings += teacher_findings(figures["teacher_nll"], unigram, head_size(this.teacher))
-    title = f"{len(batches)} validation rows before training"
+    title = f"{len(batches)} validation row{'s' * (len(batches) > 1)} before training"
     table = titled(title, "", "teacher", "student", "counting tokens")
     for name, key, counting in (("perplexity", "perplexity", math.exp(unigram)), ("nats per token", "nll", unigram)):
         values = [figures.get(f"{side}_{key}", math.nan) for side in ("teacher", "student")]

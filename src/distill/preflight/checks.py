@@ -19,6 +19,8 @@ from torch import Tensor
 from distill.curriculum import Schedule, value_at
 
 IGNORE = -100
+FEW_ROWS = 8  # fewer to validate on by a fraction were hardly meant
+AROUND = 3  # positions shown on either side of a place of interest
 BARS = " ▁▂▃▄▅▆▇█"
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -102,21 +104,29 @@ def batch_findings(batch: Mapping[str, Any], vocab_size: int) -> list[str]:
 
 
 def alignment_rows(batch: Mapping[str, Any], tokenizer: Any, limit: int = 12) -> list[tuple[str, ...]]:
-    """The first row of a batch, token by token, and where a document begins later in it.
+    """The first row of a batch, token by token: how it begins, where targets first begin and end, and documents.
 
     Returns:
-        Rows of position, token, token to predict (empty = none), whether it counts, document and place within it.
+        Rows of position, token, token to predict (empty = none), whether it counts, document and place within it; one
+        of dots where positions are left out.
     """
     ids_L, labels_L, mask_L, places_L = (
         batch[name][0].tolist() for name in ("input_ids", "labels", "attention_mask", "position_ids")
     )
     valid = {int(position) for position in batch["positions"].tolist() if position < len(ids_L)}
     document_L = np.cumsum([place == 0 for place in places_L]).tolist()
-    shown = list(range(min(limit, len(ids_L))))
-    later = [t for t in range(limit, len(ids_L)) if places_L[t] == 0][:1]
-    shown += [t for start in later for t in range(start - 2, min(start + 3, len(ids_L))) if t >= limit]
+    later = range(1, len(ids_L))
+    begins = next((t for t in later if t in valid and t - 1 not in valid), None)
+    ends = next((t for t in later if t > (begins or 0) and t not in valid and t - 1 in valid), None)
+    document = next((t for t in later if places_L[t] == 0), None)
+    shown = set(range(min(limit, len(ids_L))))
+    for place in (begins, ends, document):
+        if place is not None:
+            shown |= set(range(max(0, place - AROUND), min(len(ids_L), place + AROUND + 1)))
     rows: list[tuple[str, ...]] = []
-    for t in shown:
+    for t in sorted(shown):
+        if t and t - 1 not in shown:
+            rows.append(("...", "", "", "", ""))
         predicted = labels_L[t + 1] if t + 1 < len(ids_L) and labels_L[t + 1] != IGNORE else None
         rows.append(
             (
@@ -176,6 +186,22 @@ def schedule_findings(warmup_steps: int, horizon: int, learning_rate: float) -> 
     if learning_rate > 0.05:
         found.append(f"model.learning_rate: {learning_rate} is far above what AdamW bears")
     return found
+
+
+def held_out_findings(datamodule: Any) -> list[str]:
+    """Whether a fraction has left enough rows to validate on, where nobody asked for fewer."""
+    share, rows, most = (
+        datamodule.validation_split,
+        len(datamodule.validation_rows),
+        datamodule.max_validation_sequences,
+    )
+    if isinstance(share, str) or rows >= FEW_ROWS or (most is not None and rows >= most):
+        return []
+    every = f" of {rows + len(datamodule.train_rows)}" if datamodule.train_rows is not None else ""
+    return [
+        f"data.validation_split: {share} leaves {rows} row{'s' * (rows > 1)}{every} to validate on, whose figures "
+        "say little: give a larger fraction, or a file of its own"
+    ]
 
 
 def knots_of(schedules: Iterable[Schedule | None]) -> list[float]:

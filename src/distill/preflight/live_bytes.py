@@ -129,11 +129,14 @@ def trace_student(student: PreTrainedModel, shape: Shape) -> tuple[int, int]:
         with _autocast(shape):
             hidden_BLD = _decode(model, shape)
         kept = live.now - start
+        learning = [hidden_BLD]
         head = model.get_output_embeddings().weight
-        head_gradient = torch.zeros_like(head, dtype=torch.float32)
-        gradient_BLD = torch.zeros_like(hidden_BLD)
+        if head.requires_grad:
+            learning.append(head)
+        wide = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in learning[1:]]
+        gradients = [torch.zeros_like(hidden_BLD), *(gradient.to(head.dtype) for gradient in wide)]
         live.peak = live.now
-        torch.autograd.backward([hidden_BLD, head], [gradient_BLD, head_gradient.to(head.dtype)])
+        torch.autograd.backward(learning, gradients)
         peak = live.peak - start
     return round(kept * factor), round(peak * factor)
 

@@ -25,8 +25,8 @@ class MemoryEstimate:
     """Bytes on one device, by what they are for.
 
     Args:
-        weights: of the student and what else learns.
-        gradients: of these.
+        weights: of the student and what learns beside it.
+        gradients: of what learns.
         optimizer: AdamW's two moments.
         buckets: DDP's copy of the gradients.
         teacher: its weights.
@@ -102,7 +102,7 @@ def engine_bytes(student: PreTrainedModel, teacher: PreTrainedModel | None, shap
     buffers = BUFFERS * block * max(vocabs) * 4
     rows = sum(shape.tokens * head.shape[1] * head.element_size() for head in heads)
     casts = sum(head.numel() * shape.autocast.itemsize for head in heads[:1] if shape.autocast is not None)
-    gradients = 4 * (heads[0].numel() + shape.tokens * heads[0].shape[1])
+    gradients = 4 * (heads[0].numel() * heads[0].requires_grad + shape.tokens * heads[0].shape[1])
     return logits + buffers + rows + casts + gradients
 
 
@@ -149,8 +149,8 @@ def estimate_memory(
         sharded: whether FSDP2 shards student and teacher over them; otherwise each has all of it, as under DDP.
     """
     weights = size_of(student.parameters()) + 4 * extra_parameters
+    learning = size_of(p for p in student.parameters() if p.requires_grad) + 4 * extra_parameters
     teacher_bytes = size_of(teacher.parameters()) if teacher is not None else 0
-    moments = 2 * weights
     gathered, backward = 0, parts.backward
     shards = devices if sharded else 1
     if shards > 1:
@@ -158,12 +158,12 @@ def estimate_memory(
         for model in (student, teacher):
             if model is not None:
                 gathered += size_of([model.get_output_embeddings().weight]) + 2 * largest_layer(model)
-        backward -= weights - weights // shards
+        backward -= learning - learning // shards
     return MemoryEstimate(
         weights=weights // shards,
-        gradients=weights // shards,
-        optimizer=moments // shards,
-        buckets=weights if devices > 1 and not sharded else 0,
+        gradients=learning // shards,
+        optimizer=2 * learning // shards,
+        buckets=learning if devices > 1 and not sharded else 0,
         teacher=teacher_bytes // shards,
         gathered=gathered,
         activations=parts.activations,

@@ -82,11 +82,15 @@ def skeletons(module: Any, precision: str) -> tuple[Any, Any]:
     config = models.load_config(module.teacher_source, trust_remote_code=remote)
     teacher = skeleton(config, frozen, remote)
     if sources["student_layers"] is not None:
-        return teacher, cut_layers(skeleton(config, learns, remote), sources["student_layers"])
-    source = sources["student"] if sources["student_config"] is None else sources["student_config"]
-    vocab_size = None if sources["student_config"] is None else head_size(teacher)
-    student = models.load_config(source, vocab_size=vocab_size, trust_remote_code=remote, key="model.student")
-    return teacher, skeleton(student, learns, remote)
+        student = cut_layers(skeleton(config, learns, remote), sources["student_layers"])
+    else:
+        source = sources["student"] if sources["student_config"] is None else sources["student_config"]
+        vocab_size = None if sources["student_config"] is None else head_size(teacher)
+        config = models.load_config(source, vocab_size=vocab_size, trust_remote_code=remote, key="model.student")
+        student = skeleton(config, learns, remote)
+    if module.lora is not None:
+        module.lora.add_to(student)
+    return teacher, student
 
 
 def shape_of(module: Any, datamodule: Any, precision: str, on_cpu: bool) -> Shape:
