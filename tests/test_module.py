@@ -143,6 +143,17 @@ def test_the_configuration_beats_the_checkpoint_and_says_so(distill, config):
     assert "val/lm_loss" not in cli.trainer.callback_metrics
 
 
+def test_one_teacher_spelled_in_two_ways_is_one(distill, config, assets, monkeypatch, recwarn):
+    config["trainer"] |= {"max_steps": 2, "max_epochs": -1}
+    monkeypatch.chdir(assets)
+    config["model"]["teacher"], config["trainer"]["default_root_dir"] = "llama", str(assets / "spelled")
+    path = Path(distill("fit", config).trainer.log_dir, "checkpoints", "last.ckpt")
+    monkeypatch.chdir("/")
+    config["model"]["teacher"] = str(assets / "llama")
+    assert distill("fit", config, "--ckpt_path", str(path), "--trainer.max_steps", "3").trainer.global_step == 3
+    assert not [str(warned.message) for warned in recwarn if "configuration differs" in str(warned.message)]
+
+
 def test_another_teacher_or_temperature_than_the_checkpoint_s_is_refused(distill, config, assets):
     config["trainer"]["max_steps"] = 2
     path = Path(distill("fit", config).trainer.log_dir, "checkpoints", "last.ckpt")

@@ -14,12 +14,19 @@ from torch import Tensor
 from distill.errors import UserError
 
 FORMAT = 1
+SOURCES = ("model.teacher", "model.student", "model.student_config", "data.tokenizer")  # paths, where they exist
 BINDING = ("model.teacher", "data.tokenizer", "data.packing")  # another one would mean other targets or tokens
 
 
 def describe(settings: dict[str, Any]) -> dict[str, Any]:
     """The entry that a checkpoint carries under `distill`."""
-    return {"format": FORMAT, "settings": settings}
+    return {"format": FORMAT, "settings": settings, "folders": folders(settings)}
+
+
+def folders(settings: dict[str, Any]) -> dict[str, str]:
+    """Absolute paths of the sources that are local, however they were spelled."""
+    local = {key: Path(settings[key]).expanduser() for key in SOURCES if isinstance(settings.get(key), str)}
+    return {key: str(path.resolve()) for key, path in local.items() if path.exists()}
 
 
 def read(path: str, key: str = "ckpt_path") -> dict[str, Any]:
@@ -57,14 +64,17 @@ def check(checkpoint: dict[str, Any], settings: dict[str, Any], state: dict[str,
     Raises:
         UserError: a checkpoint of a newer format, not of this program, or of tensors with other shapes.
     """
-    theirs = _known(checkpoint, "ckpt_path")["settings"]
+    stored = _known(checkpoint, "ckpt_path")
+    theirs: dict[str, Any] = stored["settings"]
+    mine, others = settings | folders(settings), theirs | stored.get("folders", folders(theirs))
+    different = [key for key in settings if mine[key] != others.get(key)]
     for key in BINDING:
-        if key in settings and theirs.get(key) != settings[key]:
+        if key in different:
             raise UserError(
                 f"{key}: {settings[key]!r}, but the checkpoint was made with {theirs.get(key)!r}: use that, or "
                 "start anew from the student's weights"
             )
-    differing = [f"{key} {theirs.get(key)} -> {value}" for key, value in settings.items() if theirs.get(key) != value]
+    differing = [f"{key} {theirs.get(key)} -> {settings[key]}" for key in different]
     shapes = {name: tensor.shape for name, tensor in state.items()}
     # FSDP2's strategy has loaded the tensors by itself, and refused other shapes.
     saved = {name: tensor.shape for name, tensor in checkpoint.get("state_dict", state).items()}

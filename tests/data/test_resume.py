@@ -95,7 +95,12 @@ def test_goes_on_with_limited_batches_and_validation_within_the_epoch(run, tmp_p
     [
         ({"per_device_batch_size": 1}, {}, "data.per_device_batch_size: 1, but the checkpoint .* with 2"),
         ({"seed": 5}, {}, "data.seed: 5"),
-        ({"sequence_length": 16}, {}, "data: '"),
+        (
+            {"sequence_length": 16, "max_sequences": 13},
+            {},
+            r"^data.sequence_length: 16, but the checkpoint stands within an epoch of rows made with "
+            r"data.sequence_length: 32, data.max_sequences: 14 \(now 13\); resume with the same, or from a checkpoint",
+        ),
         ({}, {"accumulate_grad_batches": 1}, "trainer.accumulate_grad_batches: 1"),
     ],
 )
@@ -104,6 +109,18 @@ def test_a_place_within_other_data_is_refused(run, tmp_path, data_options, train
     path = next(path for path in checkpoints if path.stem == "step=2")
     with pytest.raises(UserError, match=told):
         run(ckpt_path=path, data_options=data_options, **trainer_options)
+
+
+def test_a_file_that_has_changed_is_told(run, tmp_path, assets):
+    own = tmp_path / "own.txt"
+    own.write_text((assets / "text.txt").read_text())
+    _, checkpoints = saved(run, tmp_path, data_options={"dataset": str(own)})
+    own.write_text(own.read_text()[::-1])
+    path = next(path for path in checkpoints if path.stem == "step=2")
+    with pytest.raises(
+        UserError, match=r"^data.dataset: '.*own.txt' holds other rows than when .*; restore it, or from"
+    ):
+        run(ckpt_path=path, data_options={"dataset": str(own)})
 
 
 def test_an_epoch_may_end_with_one_batch_size_and_begin_with_another(run, tmp_path):

@@ -279,6 +279,7 @@ class DistillationDataModule(L.LightningDataModule):
             "data.seed": self.seed,
             "data.per_device_batch_size": self.per_device_batch_size,
             "trainer.devices": ranks["world_size"],
+            "read": self._read(),
         }
         if self.streaming:
             options = [stream.packer.encoder.key(form_of(list(stream.columns))) for stream in self.streams]
@@ -299,6 +300,15 @@ class DistillationDataModule(L.LightningDataModule):
             rows.units_R, self.per_device_batch_size, self.seed, **ranks, parts=self._parts, lengths_R=lengths_R
         )
         return ResumableLoader(rows, sampler, self.trainer, layout, **self._options())
+
+    def _read(self) -> dict[str, Any]:
+        """What the rows were made of, for an error that says what has changed since a checkpoint was written."""
+        names = ("dataset", "validation_split", "sequence_length", "packing", "max_sequences")
+        return {f"data.{name}": getattr(self, name) for name in names} | {
+            "data.tokenizer": self.tokenizer_source,
+            "data.completion_only_loss": self.chat.completion_only_loss,
+            "data.chat_template_kwargs": dict(self.chat.template_options),
+        }
 
     def val_dataloader(self) -> DataLoader:
         """Every validation row once."""

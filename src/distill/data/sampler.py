@@ -225,10 +225,29 @@ def check_layout(stored: dict[str, Any], now: dict[str, Any], stands: str) -> No
     Raises:
         UserError: something differs.
     """
+    remedy = ", or from a checkpoint at the end of an epoch" if "epoch" in stands else ""
     for name, value in stored.items():
-        if now.get(name) != value:
-            remedy = ", or from a checkpoint at the end of an epoch" if "epoch" in stands else ""
+        if name == "data" and now[name] != value:
+            raise UserError(_other_data(stored.get("read", {}), now["read"], stands, remedy))
+        if name != "read" and now.get(name) != value:
             raise UserError(
                 f"{name}: {now.get(name)!r}, but the checkpoint {stands} with {value!r}; resume with the same "
                 f"value{remedy}"
             )
+
+
+def _other_data(stored: dict[str, Any], now: dict[str, Any], stands: str, remedy: str) -> str:
+    """What the checkpoint's run read, and what to do about it."""
+    differing = [name for name in stored if now.get(name) != stored[name]]
+    anew = f"{remedy}, or start anew from the student's weights (distill export, model.student)"
+    if not differing:
+        return (
+            f"data.dataset: {now['data.dataset']!r} holds other rows than when the checkpoint was written, which "
+            f"{stands} of it; restore it{anew}"
+        )
+    key, *others = differing
+    also = "".join(f", {name}: {stored[name]!r} (now {now.get(name)!r})" for name in others)
+    return (
+        f"{key}: {now.get(key)!r}, but the checkpoint {stands} of rows made with {key}: {stored[key]!r}{also}; resume "
+        f"with the same{anew}"
+    )
