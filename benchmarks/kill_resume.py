@@ -34,6 +34,7 @@ import distill.cli
 from distill.callbacks.last_checkpoint import LastCheckpoint
 from distill.checkpoint_files import find_last
 from distill.module import DistillationModule
+from distill.trainer import earlier_runs
 
 KILLS, STEPS, SEED = 20, 60, 0
 
@@ -169,13 +170,13 @@ def fit(folder: Path, where: str = "", at: float = 0) -> int:
 
 def last_step(folder: Path) -> int:
     """The step of the checkpoint that the next run goes on from."""
-    path = find_last(folder)
+    path = find_last(earlier_runs(folder))
     return torch.load(path, weights_only=True)["global_step"] if path else 0
 
 
 def state(folder: Path) -> dict[str, torch.Tensor]:
     """Parameters, buffers, moments and the learning rate at the end."""
-    path = find_last(folder)
+    path = find_last(earlier_runs(folder))
     assert path is not None
     content = torch.load(path, weights_only=True)
     moments = {

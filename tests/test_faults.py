@@ -19,6 +19,7 @@ from distill.callbacks.audit import PATIENCE
 from distill.checkpoint_files import find_last, is_whole, write
 from distill.errors import AuditError, RunError, UserError
 from distill.module import DistillationModule
+from distill.trainer import earlier_runs
 
 QUIET = dict.fromkeys(["train_debug", "curriculum_dump", "kd_loss_dump", "routing_losses_dump", "checkpoint"])
 
@@ -210,18 +211,18 @@ def test_a_damaged_last_checkpoint_is_passed_over(distill, small):
 
 def test_last_without_any_checkpoint_starts_anew_or_says_so(distill, small, tmp_path):
     small["trainer"]["max_steps"] = 1
-    with pytest.raises(UserError, match=r"ckpt_path: last, but .*lightning_logs has no checkpoint"):
+    with pytest.raises(UserError, match=r"ckpt_path: last, but no run .* has a checkpoint: give a .ckpt file"):
         distill("validate", small, "--ckpt_path", "last")
     cli = distill("fit", small, "--ckpt_path", "last")
     assert cli.trainer.global_step == 1
     (tmp_path / "lightning_logs" / "version_7" / "checkpoints").mkdir(parents=True)  # killed before its first one
-    assert find_last(tmp_path) == last_of(cli)
+    assert find_last(earlier_runs(tmp_path)) == last_of(cli)
 
 
 def test_the_newest_run_counts_not_the_highest_string(tmp_path):
     for version in (2, 10, 9):
         write({}, tmp_path / "lightning_logs" / f"version_{version}" / "checkpoints" / "last.ckpt")
-    assert "version_10" in str(find_last(tmp_path))
+    assert "version_10" in str(find_last(earlier_runs(tmp_path)))
 
 
 def test_a_dead_data_worker_is_one_sentence(distill, small, monkeypatch):
@@ -271,7 +272,7 @@ def test_two_ranks_stop_together_and_none_outlives_the_other(small, tmp_path):
             return first.wait(), (folder / "output.txt").read_text()
 
     assert run("whole")[0] == 0
-    whole = weights_of(find_last(tmp_path / "whole"))
+    whole = weights_of(find_last(earlier_runs(tmp_path / "whole")))
     for name, number, rank, code, said in (
         ("stopped", signal.SIGTERM, 0, 143, "Stopped by SIGTERM"),
         ("second dead", signal.SIGKILL, 1, -9, "terminated with code -9"),
@@ -281,4 +282,4 @@ def test_two_ranks_stop_together_and_none_outlives_the_other(small, tmp_path):
         assert ended == code, output[-2000:]
         assert said in output, output[-2000:]
         assert run(name)[0] == 0
-        assert_same(weights_of(find_last(tmp_path / name)), whole)
+        assert_same(weights_of(find_last(earlier_runs(tmp_path / name))), whole)

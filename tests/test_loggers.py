@@ -1,11 +1,15 @@
 """Any Lightning logger takes the place of the default ones: the same names, and everything else in one directory."""
 
 import csv
+import os
 from pathlib import Path
 
 import pytest
+import yaml
 from lightning.pytorch.loggers import CSVLogger, Logger
 
+from distill.checkpoint_files import write
+from distill.trainer import earlier_runs
 from training_log import parse
 
 ALWAYS = {"train/loss", "train/kd_loss", "curriculum/kd", "train/grad_norm", "val/loss", "val/kl_div_T1", "val/ece"}
@@ -49,6 +53,47 @@ def run_of(distill, config, directory: str):
     assert list((run / "checkpoints").glob("*.ckpt"))
     assert not Path("lightning_logs").exists()
     return cli
+
+
+def test_last_is_looked_for_where_this_logger_writes(distill, config, caplog):
+    config["trainer"]["max_steps"] = 1
+    del config["model"]["routing"]
+    config["train_debug"] = None
+    other = distill("fit", config)
+    assert distill("fit", config, "--ckpt_path", "last").trainer.ckpt_path.startswith(other.trainer.log_dir)
+    csv = logger("lightning.pytorch.loggers.CSVLogger", save_dir="logs", name="mine")
+    config["trainer"]["logger"] = csv
+    first = distill("fit", config, "--ckpt_path", "last")
+    assert (first.trainer.ckpt_path, first.trainer.log_dir) == (None, "logs/mine/version_0")
+    caplog.clear()
+    again = distill("fit", config, "--ckpt_path", "last").trainer
+    assert (again.ckpt_path, again.log_dir) == ("logs/mine/version_0/checkpoints/last.ckpt", "logs/mine/version_1")
+    told = f"last is {again.ckpt_path} (teacher {config['model']['teacher']}, data {config['data']['dataset']})"
+    assert told in caplog.text
+    assert yaml.safe_load(Path("logs/mine/version_1/environment.yaml").read_text())["resumed_from"] == str(
+        Path(again.ckpt_path).absolute()
+    )
+    csv["init_args"]["version"] = "fixed"
+    assert distill("fit", config, "--ckpt_path", "last").trainer.ckpt_path is None
+    assert earlier_runs(".", CSVLogger("logs", "mine", "fixed")) == [Path("logs/mine/fixed")]
+    assert earlier_runs(".", CSVLogger("logs", "mine", "other")) == []
+
+
+def test_a_logger_that_numbers_runs_otherwise_goes_by_time(tmp_path):
+    for age, name in enumerate(("old", "new")):
+        write({}, tmp_path / "recorder" / name / "checkpoints" / "last.ckpt")
+        os.utime(tmp_path / "recorder" / name / "checkpoints", (age, age))
+    found = earlier_runs(tmp_path, Recorder(version="mine"))
+    assert [run.name for run in found] == ["new", "old"]
+
+
+def test_validation_leaves_nothing_behind_unless_a_logger_is_asked_for(distill, config, tmp_path):
+    config["data"]["max_validation_sequences"] = 4
+    before = set(tmp_path.rglob("*"))
+    distill("validate", config)
+    assert {path.name for path in set(tmp_path.rglob("*")) - before} == {"config.yaml"}  # which the test wrote
+    distill("validate", config, "--trainer.logger", "true")
+    assert Path("lightning_logs/version_0/metrics.csv").exists()
 
 
 @pytest.mark.parametrize(("version", "folder"), [("abc", "abc"), (None, "version_3")])

@@ -8,12 +8,13 @@ which is a copy where that is another file system. The price of ours is that one
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -105,22 +106,26 @@ def is_whole(path: Path) -> bool:
         return False
 
 
-def candidates(root: Path) -> Iterator[Path]:
-    """Checkpoints of the runs under `root`, newest run first, newest checkpoint of a run first."""
-    runs = [path for path in (root / "lightning_logs").glob("version_*") if path.name[8:].isdigit()]
-    for run in [*sorted(runs, key=lambda path: -int(path.name[8:])), root]:
-        yield from sorted((run / "checkpoints").glob("*.ckpt"), key=lambda path: (-path.stat().st_mtime_ns, path.name))
-
-
-def find_last(root: Path) -> Path | None:
-    """The newest whole checkpoint under `root`, None where there is none; damaged ones are passed over with a warning.
+def find_last(runs: Iterable[Path]) -> Path | None:
+    """The newest whole checkpoint of the newest run that has one; damaged ones are passed over with a warning.
 
     Args:
-        root: the trainer's `default_root_dir`, which holds `lightning_logs`.
+        runs: their directories, the newest first.
     """
-    for path in candidates(root):
-        if is_whole(path):
-            rank_zero_info(f"ckpt_path: last is {path}")
-            return path
-        rank_zero_warn(f"ckpt_path: {path} is damaged and passed over, an earlier one is taken.")
+    for run in runs:
+        found = (run / "checkpoints").glob("*.ckpt")
+        for path in sorted(found, key=lambda path: (-path.stat().st_mtime_ns, path.name)):
+            if is_whole(path):
+                rank_zero_info(f"ckpt_path: last is {path}{_told(run)}")
+                return path
+            rank_zero_warn(f"ckpt_path: {path} is damaged and passed over, an earlier one is taken.")
     return None
+
+
+def _told(run: Path) -> str:
+    """What a run distilled, and with which data, by its config.yaml."""
+    try:
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        return f" (teacher {config['model']['teacher']}, data {config['data']['dataset']})"
+    except (OSError, yaml.YAMLError, KeyError, TypeError):  # a run of the library has none
+        return ""

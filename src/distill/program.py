@@ -36,7 +36,7 @@ from distill.data.datamodule import DistillationDataModule
 from distill.errors import RunError, UserError, did_you_mean
 from distill.module import DistillationModule
 from distill.optim import check_validation_interval
-from distill.trainer import DistillTrainer, environment
+from distill.trainer import DistillTrainer, earlier_runs, environment
 
 # Key -> class of the callbacks, in the order in which they print; on by default but for those of OFF.
 CALLBACKS: dict[str, type[Callback]] = {
@@ -165,16 +165,20 @@ class DistillCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand] if self.subcommand else {}
         path = config.get("ckpt_path")
-        if path == "last":
-            root = Path(config["trainer"].get("default_root_dir") or os.getcwd())
-            if (last := find_last(root)) is None and self.subcommand != "fit":
-                raise UserError(f"ckpt_path: last, but {root}/lightning_logs has no checkpoint: give a .ckpt file")
-            config["ckpt_path"] = str(last) if last is not None else None  # the first of a chain of jobs starts anew
-        elif path not in (None, "best", "hpc", "registry"):
+        if path not in (None, "last", "best", "hpc", "registry"):
             if not Path(path).exists():
                 raise UserError(f"ckpt_path: {path} does not exist: give a .ckpt file of a run's checkpoints folder")
             if not is_whole(Path(path)):
                 raise UserError(f"ckpt_path: {path} is truncated, damaged or no checkpoint: take an earlier one")
+
+    def _find_last(self, root: str, logger: Any) -> None:
+        """Puts the newest checkpoint where the configuration has `ckpt_path: last`."""
+        if (last := find_last(earlier_runs(root, logger))) is None and self.subcommand != "fit":
+            raise UserError(
+                "ckpt_path: last, but no run of this configuration's logger has a checkpoint: give a .ckpt file"
+            )
+        for config in (self.config, self.config_init):  # the first of a chain of jobs starts anew
+            config[self.subcommand]["ckpt_path"] = str(last) if last is not None else None
 
     def _parse_ckpt_path(self) -> None:
         """The configuration beats the checkpoint: nothing is read back into it."""
@@ -193,6 +197,10 @@ class DistillCLI(LightningCLI):
             config["enable_progress_bar"] = False
         if config.get("enable_checkpointing") is False:
             extra = [callback for callback in extra if not isinstance(callback, Checkpoint)]
+        if self._get(self.config_init, "ckpt_path") == "last" and self.subcommand != "check":
+            self._find_last(config.get("default_root_dir") or os.getcwd(), config.get("logger"))
+        if self.subcommand in ("validate", "test") and config.get("logger") is None:
+            config["logger"] = False  # they print what they measure; a run directory would hold nothing else
         if self.subcommand != "check":
             return self._instantiate_trainer(config, extra)
         here = {"accelerator": "auto", "devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}

@@ -6,6 +6,7 @@ the directory that the logger's name and version make. The price: with several l
 
 import os
 import platform
+import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -57,9 +58,7 @@ class DistillTrainer(L.Trainer):
         logger = self.loggers[0] if self.loggers else None
         if logger is None or isinstance(logger, CSVLogger | TensorBoardLogger | DummyLogger):
             return super().log_dir
-        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-        directory = os.path.join(logger.save_dir or self.default_root_dir, str(logger.name), version)
-        return self.strategy.broadcast(directory)
+        return self.strategy.broadcast(str(directory_of(logger, self.default_root_dir)))
 
     def check(
         self,
@@ -95,11 +94,45 @@ class DistillTrainer(L.Trainer):
             raise SystemExit(1)
 
 
+def directory_of(logger: Logger, root: str) -> Path:
+    """The directory of a logger's run; `root` holds those of loggers that name none of their own."""
+    if isinstance(logger, CSVLogger | TensorBoardLogger):
+        return Path(logger.log_dir)
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return Path(logger.save_dir or root, str(logger.name), version)
+
+
+def earlier_runs(root: str | Path, logger: Logger | list[Logger] | bool | None = None) -> list[Path]:
+    """Directories of the runs that were written where a new one will be, the newest first.
+
+    Args:
+        root: the trainer's `default_root_dir`.
+        logger: as for `DistillTrainer`.
+    """
+    if logger is False or logger == []:
+        return [Path(root)]
+    first = logger[0] if isinstance(logger, list) else logger
+    if not isinstance(first, Logger):
+        first = CSVLogger(root, name="lightning_logs")
+    new = directory_of(first, str(root))
+    runs = [path.parent for path in new.parent.glob("*/checkpoints")]
+    if new in runs:  # its version is fixed: it goes on in the same directory
+        return [new]
+    if not isinstance(first, CSVLogger | TensorBoardLogger):
+        return sorted(runs, key=lambda run: -(run / "checkpoints").stat().st_mtime_ns)
+    numbers = {run: re.fullmatch(r"version_(\d+)", run.name) for run in (new, *runs)}
+    if numbers[new] is None:
+        return []
+    numbered = {run: int(match[1]) for run, match in numbers.items() if match is not None}
+    return sorted(numbered, key=lambda run: -numbered[run])
+
+
 def environment(trainer: L.Trainer) -> dict[str, str | int]:
     """What a run ran on and with, for the report."""
     names = ("torch", "lightning", "transformers", "datasets")
     device = trainer.strategy.root_device
-    return {
+    resumed = {"resumed_from": str(Path(trainer.ckpt_path).absolute())} if trainer.ckpt_path is not None else {}
+    return resumed | {
         "command": " ".join(sys.argv),
         "python": platform.python_version(),
         "distill": __version__,
