@@ -38,13 +38,16 @@ def main() -> None:
         return
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
-        return
+        sys.exit(0 if arguments else 2)
 
-    from distill.errors import RunError, UserError
+    from distill.errors import RunError, UserError, did_you_mean
 
     try:
-        if arguments[0] in COMMANDS:
-            command = importlib.import_module(f"distill.commands.{arguments[0]}")
+        name, known = arguments[0], TRAINER | COMMANDS
+        if not name.startswith("-") and name not in known:
+            raise UserError(f"{name}: there is no such command; {did_you_mean(name, known)}")
+        if name in COMMANDS:
+            command = importlib.import_module(f"distill.commands.{name}")
             sys.exit(command.main(arguments[1:]))
         from distill.program import run
 

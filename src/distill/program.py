@@ -11,7 +11,7 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning as L
 import yaml
@@ -36,6 +36,7 @@ from distill.data.datamodule import DistillationDataModule
 from distill.errors import RunError, UserError, did_you_mean
 from distill.module import DistillationModule
 from distill.optim import check_validation_interval
+from distill.parser import Parser, shorten, told
 from distill.trainer import DistillTrainer, earlier_runs, environment
 
 # Key -> class of the callbacks, in the order in which they print; on by default but for those of OFF.
@@ -66,55 +67,19 @@ class SaveConfig(SaveConfigCallback):
         if trainer.is_global_zero and directory is not None:
             Path(directory, "environment.yaml").write_text(yaml.safe_dump(environment(trainer), sort_keys=False))
 
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Gives the loggers the configuration but their own part of it, which may hold the key to a service."""
+        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        del config["trainer"]["logger"]
+        for logger in trainer.loggers:
+            logger.log_hyperparams(config)
+
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         fresh = getattr(trainer, "fresh_directory", None)
         started = trainer.fit_loop.epoch_loop.batch_progress.total.ready
         refused = isinstance(exception, ValueError | MisconfigurationException) and not started
         if refused and fresh is not None and trainer.is_global_zero:
             shutil.rmtree(fresh, ignore_errors=True)
-
-
-class OptionError(UserError):
-    """A key or value that a parser does not take; the parser of the section it stands in adds the section's name."""
-
-
-class Parser(LightningArgumentParser):
-    """A parser whose errors are one line with the whole key, not the usage."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        section = re.match(r'Parser key "([\w.]+)"', str(message))
-        inner = told(ex)
-        if section and isinstance(inner, OptionError):
-            raise OptionError(f"{section[1]}.{inner}")
-        if inner:
-            raise inner
-        if misspelt := re.match(r"Option '([\w.]+)' is not accepted", str(message)):
-            keys = [action.dest for action in self._actions if action.dest != "help"]
-            raise OptionError(f"{misspelt[1]}: there is no such key; {did_you_mean(misspelt[1], keys)}")
-        raise OptionError(shorten(str(message)))
-
-
-def told(error: BaseException | None) -> UserError | None:
-    """The UserError that an exception was raised from, which jsonargparse wraps in messages of its own."""
-    while error is not None and not isinstance(error, UserError):
-        error = error.__cause__ or error.__context__
-    return error
-
-
-def shorten(message: str) -> str:
-    """One line of a jsonargparse message; of an optional class what its own keys say, not what null would be."""
-    text = " ".join(message.split())
-    union = re.search(
-        r"Does not validate against any of the Union subtypes .*?Errors: - (.*?) Given value type: .*", text
-    )
-    if union:
-        errors = [error for error in union[1].split(" - ") if "NoneType" not in error]
-        errors = [error for error in errors if not error.startswith("Expected a <class '")] or errors
-        given = text.rpartition("Given value: ")[2]
-        text = text[: union.start()] + ", or ".join(errors) + f" (given: {given})"
-    text = re.sub(r"Parser key \"([\w.]+)\"", r"\1", text)
-    text = re.sub(r"^([\w.]+): - .*a dot import path string: (\S+).*", r"\1: \2 is no section; give its keys", text)
-    return re.sub(r"Expected a typing.Literal\[(.*?)\]\. Got value: (\S+)", r"\2 is not one of \1", text)
 
 
 class DistillCLI(LightningCLI):
@@ -160,7 +125,8 @@ class DistillCLI(LightningCLI):
                 raise
             keys = {action.dest for sub in self._subcommand_parsers.values() for action in sub._actions}
             keys |= {key.rsplit(".", 1)[0] for key in keys}
-            raise UserError(f"{error}: {did_you_mean(misspelt[1] or misspelt[2], sorted(keys))}") from None
+            key = misspelt[1] or misspelt[2]
+            raise UserError(f"{key}: there is no such key; {did_you_mean(key, sorted(keys))}") from None
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand] if self.subcommand else {}
@@ -201,11 +167,14 @@ class DistillCLI(LightningCLI):
             self._find_last(config.get("default_root_dir") or os.getcwd(), config.get("logger"))
         if self.subcommand in ("validate", "test") and config.get("logger") is None:
             config["logger"] = False  # they print what they measure; a run directory would hold nothing else
-        if self.subcommand != "check":
-            return self._instantiate_trainer(config, extra)
         here = {"accelerator": "auto", "devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
-        trainer = self._instantiate_trainer(config | here, extra)
-        trainer.asked = config  # type: ignore[attr-defined]
+        checks = self.subcommand == "check"
+        try:
+            trainer = self._instantiate_trainer(config | here if checks else config, extra)
+        except (TypeError, ValueError) as error:  # Lightning's, of what only the trainer itself can tell
+            raise told(error) or UserError(f"trainer: {shorten(str(error))}") from error
+        if checks:
+            trainer.asked = config  # type: ignore[attr-defined]
         return trainer
 
 
@@ -225,7 +194,7 @@ def run(args: list[str] | None = None) -> DistillCLI:
             trainer_defaults={"log_every_n_steps": 10, "enable_model_summary": False},
             seed_everything_default=0,
             parser_class=Parser,
-            parser_kwargs={"prog": "distill"},
+            parser_kwargs={"prog": "distill", "allow_abbrev": False},  # no misspelt key is taken for another
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             args=args,
@@ -252,6 +221,16 @@ def run(args: list[str] | None = None) -> DistillCLI:
         raise
 
 
+THEIR_FORMAT = warnings.formatwarning
+
+
+def sentence(message: Any, category: Any, filename: str, lineno: int, line: str | None = None) -> str:
+    """A warning of ours as it reads; others with the line of code that they come from."""
+    if Path(filename).is_relative_to(Path(__file__).parent):
+        return f"warning: {message}\n"
+    return THEIR_FORMAT(message, category, filename, lineno, line)
+
+
 def quieten() -> None:
     """Silences what libraries print that a user of a default run can do nothing about."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # LightningCLI's calls
@@ -259,9 +238,12 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message="The dirpath has changed from")  # every run has a directory of its own
     warnings.filterwarnings("ignore", message="Precision .* is not supported by the model summary")
+    # What the module logs of an epoch is the same on all ranks.
+    warnings.filterwarnings("ignore", message="It is recommended to use .*sync_dist=True")
+    warnings.formatwarning = sentence
     chatter = re.compile(
         r"Tip:|^[GTHI]PU available|^Seed set|^Using .* Precision|^`Trainer\.\w+` stopped|^Loading `train_dataloader`"
-        r"|^`weights_only` was not set"
+        r"|^`weights_only` was not set|validation will run at the end of the training epoch"
     )
     names = ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed")
     for name in (*names, "pytorch.trainer.connectors.checkpoint_connector"):

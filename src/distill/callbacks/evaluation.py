@@ -3,14 +3,17 @@
 Reads: `trainer.callback_metrics` and the weights that the module's validation returned. Writes and logs nothing.
 """
 
+from pathlib import Path
 from typing import Any, final
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from rich.console import Console
 from rich.table import Table
 
 from distill.callbacks.text import emit, run_directory
+from distill.optim import horizon_of
 
 TABLE = (
     "val/kl_div_T1",
@@ -59,6 +62,8 @@ class Evaluation(Callback):
         self.last = metrics
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if (stopped := stopped_early(trainer)) is not None:
+            emit(trainer, self.directory, f"\n{stopped}\n")
         if not self.last or not trainer.is_global_zero:
             return
         several = self.first is not self.last
@@ -74,7 +79,21 @@ class Evaluation(Callback):
                 table.add_row(name, *(shown(values.get(name)) for values in columns.values()))
         Console().print(table)
         if self.directory is not None:
-            Console().print(f"Run directory: {self.directory}", soft_wrap=True, highlight=False)
+            Console().print(f"Run directory: {Path(self.directory).absolute()}", soft_wrap=True, highlight=False)
+
+
+def stopped_early(trainer: L.Trainer) -> str | None:
+    """Why a run ended before its last step, where an `EarlyStopping` says so."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    horizon = horizon_of(trainer)
+    for callback in callbacks:
+        if isinstance(callback, EarlyStopping) and callback.stopping_reason != EarlyStoppingReason.NOT_STOPPED:
+            why = str(callback.stopping_reason_message)
+            if callback.stopping_reason == EarlyStoppingReason.PATIENCE_EXHAUSTED:
+                why = f"{callback.monitor} has not improved for {callback.wait_count} validations"
+            if trainer.global_step < horizon:
+                return f"Stopped early at step {trainer.global_step} of {horizon}: {why}"
+    return None
 
 
 def shown(value: float | None) -> str:

@@ -7,7 +7,10 @@ from distill.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, not the whole usage."""
+    """A parser whose errors are one line, not the whole usage, and which takes no misspelt argument for another."""
+
+    def __init__(self, prog: str, **kwargs: Any) -> None:
+        super().__init__(prog, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
