@@ -1,4 +1,4 @@
-"""The README's commands and the recipes' own, in their order, as programs in an empty folder.
+"""The README's commands and the recipes' own, in their order, as programs in an empty folder; its Python as it stands.
 
 What names a hub model gets small stand-ins, and a fit that would only repeat the quickstart's length gets fewer steps;
 nothing else is changed in what a user would type.
@@ -13,12 +13,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from chat_templates import PLAIN
 
 ROOT = Path(__file__).parents[1]
-FENCED = re.findall(r"^```\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-LINES = [line for block in FENCED for line in block.splitlines()]
+FENCED = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+LINES = [line for language, block in FENCED if not language for line in block.splitlines()]
 COMMANDS = [shlex.split(line, comments=True)[1:] for line in LINES if line.startswith("distill ")]
 QUICKSTART = ["fit", "--config", "configs/quickstart.yaml"]  # what `make quickstart` runs
 RECIPES = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
@@ -58,6 +59,20 @@ def test_the_readme_has_every_command():
     from distill.cli import COMMANDS as others
 
     assert {command[0] for command in COMMANDS} == {"check", "fit", "validate", *others}
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's to a user of the library
+def test_the_python_of_the_readme_runs(assets, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "teacher").symlink_to(assets / "llama")
+    (tmp_path / "text.txt").symlink_to(assets / "text.txt")
+    (example,) = [block for language, block in FENCED if language == "python"]
+    names: dict = {}
+    exec(example, names)
+    assert names["trainer"].global_step == 20
+    assert names["module"].curriculum.weights["feature"] == 0.1
+    trained = names["module"].student.state_dict()
+    assert all(torch.equal(value, trained[name]) for name, value in names["student"].model.state_dict().items())
 
 
 @pytest.mark.slow
