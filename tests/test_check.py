@@ -36,6 +36,7 @@ from distill.preflight.plan import Plan
 from distill.teachers.online import OnlineTeacher
 from test_memory_estimate import THIRTY_B
 from tiny import tiny_llama
+from training_log import parse
 
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
 
@@ -274,6 +275,9 @@ def test_the_short_form_speaks_once_and_changes_nothing(config, distill, capsys)
     shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("Check:", "Suspicious:"))]
     assert [line.partition(":")[0] for line in shown] == ["Check", "Suspicious", "Suspicious"]
     assert "parameters learn from a teacher of" in shown[0]
+    log = Path(with_it.trainer.log_dir, "training.log").read_text()
+    assert log.splitlines()[:3] == [*shown[1:], ""]
+    assert parse(log)[0].step == 0
     without = distill("fit", config, "--preflight", "null")
     assert "Check:" not in capsys.readouterr().out
     other = without.model.state_dict()

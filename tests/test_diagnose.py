@@ -81,7 +81,7 @@ def names(diagnosis):
 @pytest.fixture
 def fit(distill, config):
     """Runs a short fit and returns its directory."""
-    config["train_debug"] = {"every_n_batches": 4}
+    config["train_debug"], config["preflight"] = {"every_n_batches": 4}, None  # which suspects an untrained teacher
     config["model"]["learning_rate"] = 1e-2
     config["model"]["routing"]["teacher_layers"] = 1
     config["trainer"] |= {"max_steps": 12, "val_check_interval": 6, "enable_model_summary": False}
@@ -467,6 +467,46 @@ def test_a_bar_that_shows_a_rate_of_zero(tmp_path):
     bars = "\n".join(f"Epoch 0: 1%| {step}/75000 [v_num=0, loss=15.5, lr=0.00e+00]" for step in range(3))
     assert names(judge(bars, tmp_path)) == ["learning rate zero"]
     assert names(judge(bars + " lr=7.960e-06", tmp_path)) == []
+
+
+@pytest.mark.parametrize(("last", "step", "found"), [(0.0049, 12, []), (0.0049, 200, ["loss rises"]), (0.004, 12, [])])
+def test_a_divergence_that_rises_is_not_in_order(tmp_path, last, step, found):
+    (tmp_path / "metrics.csv").write_text(
+        f"epoch,step,train/kd_loss,val/kl_div_T1\n0,5,0.1,0.0047\n0,{step},0.1,{last}\n"
+    )
+    (tmp_path / "config.yaml").write_text("trainer:\n  max_steps: 200\n")
+    diagnosis = diagnose(str(tmp_path))
+    assert names(diagnosis) == found
+    assert any("val/kl_div_T1 went" in sentence for sentence in diagnosis.healthy) == (last < 0.0047)
+    unclear = "val/kl_div_T1 went from 0.0047 to 0.0049 in 7 steps, too few to say why it did not fall."
+    assert (unclear in diagnosis.not_judged) == (last > 0.0047 and step == 12)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("{routing: null, attention: null, layerwise: {}, contrastive: null}", "where layerwise weigh"),
+        ("{routing: {}, layerwise: null}", "where feature, attention weigh"),
+        ("{routing: null}", ""),
+        (None, "where feature, attention, layerwise, contrastive weigh"),
+    ],
+)
+def test_components_that_a_run_does_not_have_are_not_spoken_of(tmp_path, model, said):
+    (tmp_path / "training.log").write_text(EXAMPLE[EXAMPLE.index("[CURRICULUM]") : EXAMPLE.index("[KD LOSS]")])
+    if model is not None:
+        (tmp_path / "config.yaml").write_text(f"model: {model}\n")
+    sentences = diagnose(str(tmp_path)).healthy
+    assert [sentence.split(" 0.0000")[0] for sentence in sentences if "Curriculum working" in sentence] == (
+        [f"Curriculum working: {said}"] if said else []
+    )
+
+
+def test_what_was_suspicious_at_the_start_is_a_finding(tmp_path):
+    sentence = "teacher: its perplexity on the data is 9,9.0, worse than counting tokens (7.0): its weights are random"
+    diagnosis = judge(f"Suspicious: {sentence}\n{EXAMPLE[EXAMPLE.index('[CURRICULUM]') :]}", tmp_path)
+    assert names(diagnosis)[0] == "preflight"
+    assert diagnosis.findings[0].title == sentence
+    assert diagnosis.findings[0].evidence == [f"quoted.log line 1: Suspicious: {sentence}"]
 
 
 def test_metrics_alone(tmp_path):

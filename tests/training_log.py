@@ -30,7 +30,11 @@ def parse(text: str) -> list[Block]:
     assert text.endswith("\n")
     lines = text[:-1].split("\n")
     blocks: list[Block] = []
+    if stopped := re.search(r"\n\nStopped early at step \d+ of \d+: .+\n$", text):  # the last line
+        lines = text[: stopped.start()].split("\n")
     i = 0
+    while lines[i].startswith("Suspicious: "):  # what was found before the first step
+        i += 1
     while i < len(lines):
         assert lines[i] == "", f"line {i + 1}: a block must be preceded by an empty line, got {lines[i]!r}"
         i += 1

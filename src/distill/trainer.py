@@ -131,7 +131,9 @@ def environment(trainer: L.Trainer) -> dict[str, str | int]:
     """What a run ran on and with, for the report."""
     names = ("torch", "lightning", "transformers", "datasets")
     device = trainer.strategy.root_device
-    resumed = {"resumed_from": str(Path(trainer.ckpt_path).absolute())} if trainer.ckpt_path is not None else {}
+    resumed: dict[str, str | int] = {}
+    if trainer.ckpt_path is not None:
+        resumed["resumed_from"] = str(Path(trainer.ckpt_path).absolute())
     return resumed | {
         "command": " ".join(sys.argv),
         "python": platform.python_version(),

@@ -3,7 +3,8 @@
 It uses what fit has loaded and runs one row through the teacher; a run is never stopped by it, since a teacher that
 looks bad may be meant. The price is that row's forward pass, on every rank.
 
-Reads: both models, tokenizer and validation rows. Writes and logs nothing.
+Reads: both models, tokenizer and validation rows. Writes: what is suspicious, into training.log, so that a diagnosis
+knows of it.
 """
 
 import math
@@ -14,6 +15,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from distill.callbacks.text import run_directory, write
 from distill.data.sampler import EveryRowOnce
 from distill.losses.engine import distillation_loss
 from distill.losses.head import lm_head_of
@@ -40,9 +42,12 @@ class Preflight(Callback):
         if pl_module.teacher is not None:
             pl_module.teacher.to(pl_module.device)
         findings, line = quick_findings(trainer, pl_module, getattr(trainer, "datamodule", None))
+        directory = run_directory(trainer)
         if trainer.is_global_zero:
-            for text in (line, *(f"Suspicious: {finding}" for finding in findings)):
-                print(text, flush=True)
+            print(line, flush=True)
+            for finding in findings:
+                print(f"Suspicious: {finding}", flush=True)
+                write(directory, f"Suspicious: {finding}")
 
 
 def quick_findings(trainer: L.Trainer, module: Any, datamodule: Any) -> tuple[list[str], str]:

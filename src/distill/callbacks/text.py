@@ -25,6 +25,11 @@ def emit(trainer: L.Trainer, directory: str | None, text: str) -> None:
         bar.print(text)
     else:
         print(text, flush=True)
+    write(directory, text)
+
+
+def write(directory: str | None, text: str) -> None:
+    """Appends `text` to a run's `training.log`; for rank zero."""
     if directory is not None:
         Path(directory).mkdir(parents=True, exist_ok=True)
         with Path(directory, "training.log").open("a", encoding="utf-8") as log:

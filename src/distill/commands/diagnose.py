@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass
 
 from distill.commands.arguments import Parser
 from distill.findings import rates, totals, trends, validation, weights
-from distill.findings.evidence import Finding, Run, load
+from distill.findings.evidence import Finding, Point, Run, load
 from distill.findings.printed import LATER, listed, weights_said
 
 RULES: tuple[Callable[[Run], list[Finding]], ...] = (
+    trends.suspected,
     weights.routing_bypass,
     weights.wrong_weight,
     validation.eval_bypass,
@@ -70,7 +71,8 @@ def healthy(run: Run, names: set[str]) -> list[str]:
     sentences = []
     debug, evaluations = run.log.of("TRAIN DEBUG"), run.log.of("Eval")
     said = weights_said(run)
-    zero = {key for key in LATER if key in said and any(entry.value.value == 0 for entry in said[key].entries)}
+    there = configured(run)
+    zero = {key for key in there if key in said and any(entry.value.value == 0 for entry in said[key].entries)}
     if zero and "routing bypass" not in names:
         keys = ", ".join(key for key in LATER if key in zero)
         sentences.append(
@@ -84,7 +86,7 @@ def healthy(run: Run, names: set[str]) -> list[str]:
     if evaluations and not names & {"eval bypass", "train/eval gap"}:
         sentences.append(f"Validation weighs like training in every evaluation ({len(evaluations)}).")
     kl = run.metrics.get("val/kl_div_T1", [])
-    if len(kl) > 1 and not names & {"loss flat", "non-finite"}:
+    if fell(kl) and not names & {"loss flat", "non-finite"}:
         sentences.append(f"val/kl_div_T1 went from {kl[0].value:.4f} (step {kl[0].step}) to {kl[-1].value:.4f}.")
     rates = run.metrics.get("train/lr", [])
     if rates and not names & {"learning rate zero", "schedule horizon"}:
@@ -95,6 +97,21 @@ def healthy(run: Run, names: set[str]) -> list[str]:
     return sentences
 
 
+def configured(run: Run) -> list[str]:
+    """The weight keys of LATER whose components the run has; all of them where there is no configuration to tell."""
+    model = run.setting("model")
+    if not isinstance(model, dict):
+        return list(LATER)
+    routed = model.get("routing") is not None
+    has = {key: model.get(key) is not None for key in LATER} | {"feature": routed}
+    return [key for key in LATER if has[key] or (key == "attention" and routed)]
+
+
+def fell(points: list[Point]) -> bool:
+    """Whether a metric is lower at the end than at first."""
+    return len(points) > 1 and points[-1].value < points[0].value
+
+
 def not_judged(run: Run) -> list[str]:
     """What is missing for a judgement."""
     sentences = []
@@ -102,6 +119,12 @@ def not_judged(run: Run) -> list[str]:
         sentences.append("Sums and routing bypass: there is no TRAIN DEBUG block.")
     if not run.log.of("Eval"):
         sentences.append("Validation against training: there is no [Eval] line.")
+    kl = run.metrics.get("val/kl_div_T1", [])
+    if len(kl) > 1 and not fell(kl) and kl[-1].step - kl[0].step < trends.ENOUGH:
+        sentences.append(
+            f"val/kl_div_T1 went from {kl[0].value:.4f} to {kl[-1].value:.4f} in {kl[-1].step - kl[0].step} steps, too "
+            "few to say why it did not fall."
+        )
     if not run.metrics:
         sentences.append("Temperature, top-k experts and gradients: there is no metrics.csv beside the log.")
     if not run.log.rates and not any("lr" in column for column in run.metrics):

@@ -13,16 +13,32 @@ from distill.findings.evidence import Finding, Run, raw_readings, shorten
 CONTRADICTING = -0.3  # cosine below which a step along one gradient undoes about a third of the other's
 UNSEEN = 1e-3  # relative change of a validation metric that nobody would call learning
 LEARNED = 0.05  # a fall of the loss that a run must be able to show
+SUSPICIOUS = "Suspicious: "  # how preflight's lines in the log begin
 ENOUGH = 10  # points for a judgement by statistics
+
+
+def suspected(run: Run) -> list[Finding]:
+    """What was found suspicious before the first step."""
+    lines = {line.strip(): number for number, line in enumerate(run.log.lines, start=1) if line.startswith(SUSPICIOUS)}
+    return [
+        Finding(
+            "preflight",
+            line.removeprefix(SUSPICIOUS),
+            [f"{run.name} line {number}: {line}"],
+            "this was so before the first step: what the run has learned from it is learned from that",
+            "put it right and start anew, unless it is meant; `distill check` shows more about it",
+        )
+        for line, number in lines.items()
+    ]
 
 
 def loss_flat(run: Run) -> list[Finding]:
     """A run that has learned nothing that can be seen.
 
     Validation repeats the same tokens, so without sampling noise: flat means that a weight-free metric moved by less
-    than a thousandth between two validations. Without validations the means of the training loss's first and last third
-    are compared: flat means that even two standard errors above the observed fall are below 5 %. Resumed runs, and runs
-    within warm-up or their first tenth, are not judged.
+    than a thousandth between two validations; one that rose by more has been made worse. Without validations the means
+    of the training loss's first and last third are compared: flat means that even two standard errors above the
+    observed fall are below 5 %. Resumed runs, and runs within warm-up or their first tenth, are not judged.
     """
     steps, warmup = run.horizon, run.setting("model.warmup_steps") or 0
     temperature = {point.value for point in run.metrics.get("curriculum/temperature", [])}
@@ -38,16 +54,29 @@ def loss_flat(run: Run) -> list[Finding]:
     values = [value for _, value, _ in points]
     if validated:
         first, last = values[0], values[-1]
-        flat = points[-1][0] - points[0][0] >= ENOUGH and abs(first - last) < UNSEEN * abs(first)
+        flat = points[-1][0] - points[0][0] >= ENOUGH and first - last < UNSEEN * abs(first)
+        rises = flat and last - first >= UNSEEN * abs(first)
     else:
         third = max(len(values) // 3, 2)
         if len(values) < ENOUGH or points[0][0] > 0.05 * steps:
             return []
         first, last = fmean(values[:third]), fmean(values[-third:])
         error = math.sqrt((variance(values[:third]) + variance(values[-third:])) / third)
-        flat = first - last + 2 * error < LEARNED * first
+        flat, rises = first - last + 2 * error < LEARNED * first, False
     if not flat:
         return []
+    if rises:
+        return [
+            Finding(
+                "loss rises",
+                f"{name} rises: {first:.4f} at first, {last:.4f} at last.",
+                [points[0][2], points[len(points) // 2][2], points[-1][2]],
+                "the steps make the student worse: too high a learning rate, a teacher or labels that do not fit the "
+                "text, or text that it has learned by heart",
+                "lower model.learning_rate or lengthen model.warmup_steps, and look at what `distill check` finds; "
+                "where it fell at first, take the best checkpoint and more data",
+            )
+        ]
     return [
         Finding(
             "loss flat",
