@@ -164,6 +164,19 @@ def test_a_killed_run_is_read_up_to_its_last_whole_line(tmp_path):
     assert read(write(tmp_path / "empty", "")).absent[0] == "metrics.csv holds no values yet."
 
 
+def test_a_resumed_run_is_read_behind_the_one_it_went_on_from(tmp_path):
+    header = "step,train/loss,val/loss\n"
+    first = write(tmp_path / "version_0", f"{header}0,5.0,\n2,4.0,9.0\n4,3.0,\n", log="", config=None)
+    second = write(tmp_path / "version_1", f"{header}3,2.5,\n5,2.0,\n", log="", config=None)
+    checkpoint = first / "checkpoints" / "last.ckpt"
+    (second / "environment.yaml").write_text(f"resumed_from: {checkpoint}\n")
+    found = read(second).series
+    assert (found["train/loss"].steps.tolist(), found["train/loss"].values.tolist()) == ([0, 2, 3, 5], [5, 4, 2.5, 2])
+    assert found["val/loss"].steps.tolist() == [2]
+    shutil.rmtree(first)
+    assert read(second).series["train/loss"].steps.tolist() == [3, 5]
+
+
 def test_of_a_step_logged_twice_the_last_value_counts():
     series = runs.make_series([3, 1, 3], [1.0, 2.0, 4.0])
     assert series.steps.tolist() == [1, 3]

@@ -141,10 +141,26 @@ def read_run(folder: Path, name: str) -> Run:
     for metric, found in log_series.items():
         if not metric.startswith("curriculum/") or metric in weights or not weights:
             series[metric] = merge(series.get(metric), found)
+    series = after(series, environment.get("resumed_from"), folder)
     horizon = horizon_of(config, progress)
     if horizon is not None and any(found.steps[-1] >= horizon for found in series.values()):
         horizon = None  # this configuration is not the one that the run had
     return Run(name, folder, series, config, text, environment, horizon, absent)
+
+
+def after(series: dict[str, Series], checkpoint: Any, folder: Path) -> dict[str, Series]:
+    """A resumed run's series behind those of the run whose checkpoint it went on from, where that is still there."""
+    before = Path(str(checkpoint)).resolve().parent.parent
+    if not (checkpoint and series and (before / "metrics.csv").is_file()) or before == folder.resolve():
+        return series
+    start = min(int(own.steps[0]) for own in series.values())
+    for metric, earlier in read_run(before, before.name).series.items():
+        kept = earlier.steps < start
+        own = series.get(metric, Series(earlier.steps[:0], earlier.values[:0]))
+        if kept.any():
+            values = np.concatenate([earlier.values[kept], own.values])
+            series[metric] = Series(np.concatenate([earlier.steps[kept], own.steps]), values)
+    return series
 
 
 def read_metrics(text: str) -> dict[str, Series]:
