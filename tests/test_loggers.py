@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from lightning.pytorch.loggers import CSVLogger, Logger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distill.checkpoint_files import write
 from distill.trainer import earlier_runs
@@ -35,7 +36,7 @@ class Recorder(Logger):
         self.names |= metrics.keys()
 
     def log_hyperparams(self, params, *args, **kwargs) -> None:
-        """There are none."""
+        self.params = params
 
 
 def logger(path: str, **init_args) -> dict:
@@ -114,6 +115,25 @@ def test_own_loggers_are_given_the_names_of_the_default_ones(distill, config):
         header = set(next(csv.reader(file)))
     assert header - {"step"} == second.names
     assert second.names >= ALWAYS
+
+
+def test_loggers_are_given_the_configuration_but_their_own(distill, config):
+    own = logger("lightning.pytorch.loggers.CSVLogger", save_dir="logs", name="mine")
+    config["trainer"]["logger"] = [own, logger("test_loggers.Recorder")]
+    params = run_of(distill, config, "logs/mine/version_0").trainer.loggers[1].params
+    assert params["model"]["student_layers"] == 2
+    assert params["curriculum"]["kd"] == 0.7
+    assert params["trainer"]["max_steps"] == 3
+    assert "logger" not in params["trainer"]
+    assert yaml.safe_load(Path("logs/mine/version_0/hparams.yaml").read_text()) == params
+
+
+def test_the_default_plots_have_no_curve_of_hyperparameters(distill, config):
+    config["trainer"] |= {"max_steps": 2}
+    run = distill("fit", config).trainer.log_dir
+    events = EventAccumulator(run).Reload()
+    assert "train/loss" in events.Tags()["scalars"]
+    assert "hp_metric" not in events.Tags()["scalars"]
 
 
 @pytest.mark.slow

@@ -1,12 +1,13 @@
 """What a user sees of a default run, in a terminal and in a pipe: nothing of no use, and the table at the end."""
 
 import re
+import warnings
 
 import pytest
 
 from training_log import parse
 
-CHATTER = re.compile(r"GPU available|TPU|Tip|arning|FLOPs|Seed set|weights_only|stopped:|Loading|Epoch \d+/-")
+CHATTER = re.compile(r"GPU available|TPU|Tip|arning|FLOPs|Trainer\(|Seed set|weights_only|stopped:|Loading|Epoch \d+/-")
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -35,7 +36,7 @@ def test_a_pipe_gets_blocks_and_tables_alone(fit, tmp_path):
     assert all(line.startswith(("Check: ", "Suspicious: ")) for line in head.splitlines())
     blocks, _, table = rest.partition("┏")
     log = (tmp_path / "lightning_logs/version_0/training.log").read_text()
-    assert repr(parse("\n" + blocks)) == repr(parse(log))
+    assert repr(parse("\n" + blocks)) == repr(parse(re.sub("^Suspicious: .*\n", "", log, flags=re.MULTILINE)))
     assert re.search(r"validation +┃ +before ┃ +after ┃ +teacher ┃", table)
     assert table.rstrip().splitlines()[-1] == f"Run directory: {tmp_path}/lightning_logs/version_0"
 
@@ -62,7 +63,8 @@ def test_the_closing_table_is_weight_free_and_tells_what_it_compares(fit):
     ],
 )
 def test_without_a_validation_before_training_no_column_claims_it(fit, options, headings):
-    out, _ = fit(**options)
+    out, err = fit(**options)
+    assert not CHATTER.search(out + err)
     heading = next(line for line in out.splitlines() if line.startswith("┃ validation"))
     assert re.split(r"\s*┃\s*", heading)[2:-1] == headings
 
@@ -78,6 +80,27 @@ def test_a_terminal_has_a_bar_until_the_table(fit, monkeypatch):
     assert "━" not in plain[plain.index("Run directory") :]
     for part in ("loss: ", "kd: ", "lm: ", "lr: "):
         assert part in plain
+
+
+def test_an_early_stop_is_told_in_the_closing_lines_and_the_log(fit, config, tmp_path):
+    early = {"monitor": "val/kl_div_T1", "mode": "max", "patience": 2}  # of what falls: it never improves
+    config["early_stopping"] = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": early}
+    out, _ = fit(max_steps=30)
+    told = "Stopped early at step 9 of 30: val/kl_div_T1 has not improved for 2 validations"
+    assert told in out[: out.index("┏")].splitlines()
+    log = (tmp_path / "lightning_logs/version_0/training.log").read_text()
+    assert log.endswith(f"\n\n{told}\n\n")
+    assert parse(log)
+
+
+def test_our_warnings_are_a_sentence_and_those_of_others_name_their_place(fit, config):
+    config["model"]["warmup_steps"] = 100
+    with pytest.warns(UserWarning, match="outlasts the run") as caught:
+        fit()
+    (ours,) = (entry for entry in caught if "outlasts" in str(entry.message))
+    line = warnings.formatwarning(ours.message, ours.category, ours.filename, ours.lineno)
+    assert line == "warning: model.warmup_steps: 100 outlasts the run of 6 steps.\n"
+    assert warnings.formatwarning("odd", UserWarning, "/elsewhere/theirs.py", 7).startswith("/elsewhere/theirs.py:7: ")
 
 
 def test_validation_has_a_bar_too(config, distill, capfd, monkeypatch):

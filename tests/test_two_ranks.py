@@ -25,6 +25,7 @@ def fit(config: dict, folder: Path, *args: str) -> tuple[list[dict], dict[str, t
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "sync_dist" not in done.stderr
     (run,) = folder.glob("lightning_logs/version_*")
     with (run / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -43,7 +43,8 @@ class DistillTrainer(L.Trainer):
         if logger is None or logger is True:
             root = kwargs.get("default_root_dir") or os.getcwd()
             csv = CSVLogger(root, name="lightning_logs")
-            logger = [csv, TensorBoardLogger(root, name="lightning_logs", version=csv.version)]
+            plots = TensorBoardLogger(root, name="lightning_logs", version=csv.version, default_hp_metric=False)
+            logger = [csv, plots]
             self.fresh_directory = None if Path(csv.log_dir).exists() else csv.log_dir
         plugins = kwargs.pop("plugins", None) or []
         plugins = list(plugins) if isinstance(plugins, list) else [plugins]
