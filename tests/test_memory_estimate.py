@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
 
+from distill.lora import LoRA
 from distill.losses.engine import KDLoss, distillation_loss
 from distill.losses.head import lm_head_of
 from distill.preflight.live_bytes import LiveBytes, Shape, skeleton, trace_student, trace_teacher
@@ -49,6 +50,10 @@ def decode(model, shape):
     return model.get_decoder()(input_ids=ids_BL, use_cache=False).last_hidden_state
 
 
+def linears(model) -> list[tuple[str, torch.nn.Linear]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+
+
 def test_live_bytes_follow_births_and_ends():
     with LiveBytes() as live:
         a = torch.zeros(1000)
@@ -83,6 +88,28 @@ def test_student_trace_equals_real_passes(checkpointing):
     estimated_kept, estimated_peak = trace_student(skeleton(CONFIG, torch.float32), shape)
     assert estimated_kept == pytest.approx(kept, rel=0.02)
     assert estimated_peak == pytest.approx(peak, rel=0.02)
+
+
+def test_adapters_learn_alone():
+    plain, adapted, real = skeleton(CONFIG, torch.float32), skeleton(CONFIG, torch.float32), LlamaForCausalLM(CONFIG)
+    for model in (adapted, real.train()):
+        LoRA(r=4).add_to(model)
+    with LiveBytes() as live:
+        for parameter in real.parameters():
+            live.count(parameter)
+        start = live.now
+        hidden_BLD = decode(real, SHAPE)
+        kept = live.now - start
+        hidden_BLD.backward(torch.zeros_like(hidden_BLD))
+        peak = live.peak - start
+    estimated_kept, estimated_peak = trace_student(adapted, SHAPE)
+    assert estimated_kept == pytest.approx(kept, rel=0.02)
+    assert estimated_peak == pytest.approx(peak, rel=0.02)
+    sides = [(size.in_features, size.out_features) for name, size in linears(plain) if "lm_head" not in name]
+    learning = sum(4 * 4 * (into + out) for into, out in sides)
+    estimate = estimate_memory(adapted, plain, trace(adapted, plain, SHAPE))
+    assert (estimate.gradients, estimate.optimizer) == (learning, 2 * learning)
+    assert estimate.weights == size_of(plain.parameters()) + learning
 
 
 def test_checkpointing_keeps_less_and_mixed_precision_traces():

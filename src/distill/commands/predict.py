@@ -166,7 +166,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy, the default")
     parser.add_argument("--seed", type=int, default=0, help="of the draws where the temperature is above 0")
     parser.add_argument(
-        "--chat", action=argparse.BooleanOptionalAction, default=None, help="use the chat template, or not (where it has one)"
+        "--chat", action=argparse.BooleanOptionalAction, default=None, help="put prompts into the chat template"
     )
     parser.add_argument("--json", action="store_true", help="print JSON Lines")
     given = parser.parse(arguments)
