@@ -59,6 +59,25 @@ def refused(config, tmp_path, monkeypatch, capfd):
         ),
         ("model.kd_loss", {"bta": 0.1}, r"model.kd_loss.bta: there is no such key; did you mean 'beta'"),
         ("model.kd_loss", "jsd", r"model.kd_loss: jsd is no section; give its keys"),
+        ("model.routing.tau", "x", r"^error: model.routing.tau: x is no float$"),
+        ("model.routing.num_experts", 1.5, r"^error: model.routing.num_experts: 1.5 is no int$"),
+        ("model.betas", 3, r"^error: model.betas: 3 is no list$"),
+        ("model.lm_loss", "maybe", r"^error: model.lm_loss: maybe is no bool$"),
+        ("model.student_layers", "x", r"^error: model.student_layers: x is no int or list$"),
+        ("model.teacher_top_k", "x", r"^error: model.teacher_top_k: x is no int, nor one of 'native', 'all'$"),
+        ("trainer.max_steps", "ten", r"^error: trainer.max_steps: ten is no int$"),
+        ("trainer.strategy", "ddq", r"^error: trainer: .*invalid strategy name"),
+        (
+            "trainer.logger",
+            "Nothing",
+            r"^error: trainer.logger: Nothing is no class of that name; give its import path$",
+        ),
+        ("trainer.logger", {"class_path": "CSVLogger"}, r"^error: trainer.logger.save_dir: required; give it in the"),
+        (
+            "early_stopping",
+            {"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss", "mode": "up"}},
+            r"^error: [^(]*up[^(]*$",
+        ),
         ("audit", {"on_nonfinite": "ignore"}, r"audit.on_nonfinite: ignore is not one of 'stop', 'skip'"),
         ("curriculum.layerwise", 0.1, r"curriculum.layerwise: 0.1 weighs nothing here: configure layerwise_loss"),
         ("curriculum.kd", -0.5, r"curriculum.kd: -0.5 is out of range: give values at least 0"),
@@ -72,7 +91,11 @@ def refused(config, tmp_path, monkeypatch, capfd):
         ("model.routing.tau", -1.0, r"model.routing.tau: -1.0"),
         ("model.routing.student_layers", [0, 99], r"model.routing.student_layers: 99 is not a layer"),
         ("curriculum.kd", [0.3, 0.1], r"curriculum.kd: .*given: \[0.3, 0.1\]"),
-        ("trainer.val_check_interval", 100000, r"^trainer.val_check_interval: 100000 micro-batches .* epoch's \d+; set .*epoch: null"),
+        (
+            "trainer.val_check_interval",
+            100000,
+            r"^error: trainer.val_check_interval: 100000 micro-batches .* epoch's \d+; set .*epoch: null",
+        ),
         ("model.learning_rate", 0.0, r"model.learning_rate: 0.0 must be above 0"),
         ("data.dataset", "nowhere/at_all.txt", r"data.dataset.*nowhere/at_all.txt"),
         ("data.sequence_length", 4096, r"data.sequence_length.*4096"),
@@ -91,6 +114,42 @@ def refused(config, tmp_path, monkeypatch, capfd):
 def test_one_line_names_key_value_and_remedy(config, refused, path, value, message):
     edit(config, path, value)
     assert re.search(message, refused())
+
+
+def test_a_key_on_the_command_line_is_not_abbreviated(refused):
+    line = refused("--trainer.max_step", "4")
+    assert line == "error: trainer.max_step: there is no such key; did you mean 'trainer.max_steps'?"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["foo"], "foo: there is no such command; choose from fit, check, validate, test, diagnose, evaluate, .*"),
+        (["chek"], "chek: there is no such command; did you mean 'check'\\?"),
+        (["check"], "model.teacher: required, like data.dataset; give it in the configuration file or .*"),
+        (["fit", "--model.teacher", "x"], "data.dataset: required; give it in the configuration file or .*"),
+        (["export", "a.ckpt", "folder", "--dtyp", "float32"], "--dtyp: there is no such argument; see .*"),
+    ],
+)
+def test_what_is_no_command_or_not_all_of_one(monkeypatch, capsys, arguments, line):
+    from distill.cli import main
+
+    monkeypatch.setattr("sys.argv", ["distill", *arguments])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    assert exit_info.value.code == 2
+    assert re.fullmatch(f"error: {line}\n", capsys.readouterr().err)
+
+
+def test_no_command_prints_them_all(monkeypatch, capsys):
+    from distill.cli import COMMANDS, TRAINER, main
+
+    monkeypatch.setattr("sys.argv", ["distill"])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    assert exit_info.value.code == 2
+    out = capsys.readouterr().out
+    assert all(f"\n  {name} " in out for name in TRAINER | COMMANDS)
 
 
 def test_a_run_without_an_end(config, refused):
@@ -161,7 +220,9 @@ def test_a_template_whose_completions_cannot_be_told(config, refused, tmp_path):
     thinking = ("assistant", "<think>first</think>answer")
     chats(config, tmp_path / "chats.jsonl", ("user", "question"), thinking, ("user", "again"), thinking)
     config["data"] |= {"chat_template": UNSTABLE, "sequence_length": 64}
-    assert re.search(r"data.chat_template: .*chats.jsonl, row 1, .*message 2 .*data.completion_only_loss to false", refused())
+    assert re.search(
+        r"data.chat_template: .*chats.jsonl, row 1, .*message 2 .*data.completion_only_loss to false", refused()
+    )
 
 
 def test_streams_without_an_end_or_a_choice(config, refused):
