@@ -152,7 +152,7 @@ def test_a_mixture_of_text_and_completions_trains_on_its_shares(assets, tmp_path
     assert sum(bool(batch["packed"]) and (batch["labels"] == -100).sum() > 20 for batch in batches) <= of_pairs
     assert not set(ids(batches)) & set(ids(data.val_dataloader()))
     lines = [record.message for record in caplog.records if record.message.startswith("Data:")]
-    assert lines[0].startswith("Data: 75.0% of the rows from 1 documents (text)")
+    assert lines[0].startswith("Data: 75.0% of the rows from 1 document (text)")
     assert lines[1].startswith("Data: 25.0% of the rows from 300 documents (prompt_completion)")
     assert f"{text + pairs:,} training rows ({of_text + of_pairs:,} per epoch" in lines[2]
     assert ids(ready(dataset=parts, **options).train_dataloader()) == ids(batches)

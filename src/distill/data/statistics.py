@@ -11,6 +11,16 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+def several(number: int, noun: str) -> str:
+    """A number of things.
+
+    Example:
+        >>> several(1, "row"), several(1200, "row")
+        ('1 row', '1,200 rows')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def describe_table(what: str, documents: "Dataset", rows: "Dataset", form: str, sequence_length: int) -> str:
     """One source: its documents, how full its rows are, what was cut and what was left out."""
     import pyarrow.compute as pc
@@ -19,9 +29,10 @@ def describe_table(what: str, documents: "Dataset", rows: "Dataset", form: str, 
     tokens = int(pc.sum(pc.list_value_length(rows.data.column("input_ids"))).as_py())
     filled = tokens / (rows.num_rows * sequence_length)
     left_out = documents.num_rows - sums["documents"]
+    read, packed = several(documents.num_rows, "document"), several(rows.num_rows, "row")
     return (
-        f"Data: {what}{documents.num_rows:,} documents ({form}), {tokens:,} tokens in {rows.num_rows:,} rows of at "
-        f"most {sequence_length}, {filled:.1%} full; {_cut(sums)}; {left_out:,} without a target left out."
+        f"Data: {what}{read} ({form}), {tokens:,} tokens in {packed} of at most {sequence_length}, {filled:.1%} full; "
+        f"{_cut(sums)}; {left_out:,} without a target left out."
     )
 
 
@@ -30,8 +41,8 @@ def describe_rows(train: PackedRows, validation: PackedRows, epoch: int) -> str:
     targets = [rows.units_R["tokens"].sum() for rows in (train, validation)]
     some = f"{epoch:,} per epoch, " if epoch < len(train) else ""
     return (
-        f"Data: {len(train):,} training rows ({some}{train.lengths_R().sum():,} tokens, {targets[0]:,} of them "
-        f"targets), {len(validation):,} validation rows ({targets[1]:,} targets)."
+        f"Data: {several(len(train), 'training row')} ({some}{train.lengths_R().sum():,} tokens, {targets[0]:,} of "
+        f"them targets), {several(len(validation), 'validation row')} ({several(targets[1], 'target')})."
     )
 
 
