@@ -209,13 +209,18 @@ def test_early_stopping_on_the_weight_free_metric(distill, config):
     assert distill("fit", config).trainer.global_step == 6
 
 
-def test_python_use_without_a_curriculum_has_constant_weights(assets, tmp_path, monkeypatch):
+def test_python_use_with_constant_weights(assets, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     quieten()
     module = DistillationModule(str(assets / "llama"), student_layers=2)
     data = DistillationDataModule(str(assets / "text.txt"), sequence_length=32)
     trainer = DistillTrainer(
-        max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+        max_steps=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        callbacks=[Curriculum(kd=1.0, lm=1.0)],
     )
     trainer.fit(module, data)
     assert module.component_weights() == {"kd_loss": 1.0, "lm_loss": 1.0}
