@@ -181,7 +181,7 @@ def test_validate_weighs_and_measures_as_fit_did(distill, config, steps):
     fitted = distill("fit", config)
     block = next(b for b in parse(log_of(fitted)) if b.kind == "Eval" and b.step == steps - 1)
     path = Path(fitted.trainer.log_dir, "checkpoints", f"step={steps}.ckpt")
-    validated = distill("validate", config, "--ckpt_path", str(path))
+    validated = distill("validate", config, "--ckpt_path", str(path), "--trainer.logger", "true")
     again = parse(log_of(validated))[-1]
     assert (again.kind, again.step, repr(again.values)) == ("Eval", steps - 1, repr(block.values))
     with Path(fitted.trainer.log_dir, "metrics.csv").open() as file:

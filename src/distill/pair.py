@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser
 from distill import models
 from distill.data.datamodule import DistillationDataModule
 from distill.errors import UserError
-from distill.program import shorten, told
+from distill.parser import shorten, told
 from distill.students import Student, is_checkpoint, load_student
 from distill.teachers.online import OnlineTeacher, quantize
 
