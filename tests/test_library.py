@@ -54,15 +54,15 @@ def test_every_name_is_there_and_none_is_imported_before_it_is_asked_for():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_any_trainer_trains_under_the_curriculum(parts):
+def test_a_trainer_without_a_curriculum_is_told_its_weights(parts, caplog):
     module, data = parts()
     plain = trainer()
-    plain.fit(module, data)
-    plain.validate(module, data, verbose=False)
-    assert module.curriculum == Curriculum().state_at(3, 4)
-    kinds = [type(callback) for callback in plain.callbacks]
-    assert kinds.count(Curriculum) == kinds.count(ExactResume) == 1
-    assert LossAudit not in kinds
+    with caplog.at_level("INFO"):
+        plain.fit(module, data)
+    assert "every loss weighs 1 throughout, at temperature 1" in caplog.text
+    assert set(module.component_weights().values()) == {1.0}
+    assert module.curriculum.temperature == 1.0
+    assert [type(callback) for callback in plain.callbacks].count(ExactResume) == 1
 
 
 def test_a_curriculum_that_is_given_stays(parts):
@@ -78,6 +78,7 @@ def test_the_command_brings_back_no_audit_that_was_switched_off(distill, config)
     kinds = [type(callback) for callback in cli.trainer.callbacks]
     assert kinds.count(Curriculum) == kinds.count(ExactResume) == 1
     assert LossAudit not in kinds
+    assert LossAudit in [type(callback) for callback in distill("fit", config).trainer.callbacks]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import yaml
 from lightning.pytorch.loggers import CSVLogger, Logger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from distill.checkpoint_files import write
+from distill.checkpoint_files import find_last, write
+from distill.errors import UserError
 from distill.trainer import earlier_runs
 from training_log import parse
 
@@ -77,7 +78,10 @@ def test_last_is_looked_for_where_this_logger_writes(distill, config, caplog):
     csv["init_args"]["version"] = "fixed"
     assert distill("fit", config, "--ckpt_path", "last").trainer.ckpt_path is None
     assert earlier_runs(".", CSVLogger("logs", "mine", "fixed")) == [Path("logs/mine/fixed")]
-    assert earlier_runs(".", CSVLogger("logs", "mine", "other")) == []
+    with pytest.raises(UserError, match=r"trainer.logger: its directory holds a run already; leave the version out"):
+        distill("fit", config, "--ckpt_path", "last")
+    for other in ("other", 7):  # versions of their own go on from nobody else's
+        assert find_last(earlier_runs(".", CSVLogger("logs", "mine", other))) is None
 
 
 def test_a_logger_that_numbers_runs_otherwise_goes_by_time(tmp_path):

@@ -67,7 +67,8 @@ def check(checkpoint: dict[str, Any], settings: dict[str, Any], state: dict[str,
     stored = _known(checkpoint, "ckpt_path")
     theirs: dict[str, Any] = stored["settings"]
     mine, others = settings | folders(settings), theirs | stored.get("folders", folders(theirs))
-    different = [key for key in settings if mine[key] != others.get(key)]
+    # The same words for a folder elsewhere are the same model, moved; other words for the same folder are, too.
+    different = [key for key in settings if settings[key] != theirs.get(key) and mine[key] != others.get(key)]
     for key in BINDING:
         if key in different:
             raise UserError(

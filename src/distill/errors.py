@@ -14,11 +14,11 @@ class DocumentError(UserError):
     Args:
         reason: what is wrong with it.
         remedy: what to do.
-        key: YAML key that is to blame.
+        key: YAML key that is to blame; None = the one that names the documents.
     """
 
-    def __init__(self, reason: str, remedy: str, key: str = "data.dataset") -> None:
-        super().__init__(f"{key}: {reason}; {remedy}")
+    def __init__(self, reason: str, remedy: str, key: str | None = None) -> None:
+        super().__init__(f"{key or 'data.dataset'}: {reason}; {remedy}")
         self.reason, self.remedy, self.key = reason, remedy, key
 
 

@@ -44,9 +44,8 @@ from distill.teachers.online import OnlineTeacher, quantize
 class DistillationModule(L.LightningModule):
     """Distils a frozen teacher into a student with the losses and weights that the curriculum says.
 
-    In a trainer without them it brings the callbacks that its results depend on, `Curriculum()` and `ExactResume()`.
-    The command adds what watches, stops and keeps a run: `LossAudit()`, `LastCheckpoint()` and the dumps, and its
-    trainer is `DistillTrainer`.
+    Weights and temperature are constant, 1, in a trainer without a `Curriculum()`. The command has that, `LossAudit()`,
+    `LastCheckpoint()` and the dumps, and its trainer is `DistillTrainer`; `ExactResume()` comes with the module.
 
     Args:
         teacher: hub id, folder, GGUF file or `package://name/file` of a causal language model.
@@ -206,10 +205,9 @@ class DistillationModule(L.LightningModule):
     # Set-up
 
     def configure_callbacks(self) -> list[Callback]:
-        """The callbacks that results depend on, where the trainer has none of the kind."""
+        """`ExactResume()`, where the trainer has none."""
         present: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        kinds = (Curriculum, ExactResume)
-        return [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in present)]
+        return [] if any(isinstance(callback, ExactResume) for callback in present) else [ExactResume()]
 
     @cached_property
     def max_context(self) -> int | None:
@@ -269,6 +267,8 @@ class DistillationModule(L.LightningModule):
         return self.routing.num_experts_ if self.routing is not None else None
 
     def on_fit_start(self) -> None:
+        if not any(isinstance(callback, Curriculum) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            rank_zero_info("No Curriculum among the callbacks: every loss weighs 1 throughout, at temperature 1.")
         self._place_teacher()
 
     def on_validation_start(self) -> None:
@@ -334,7 +334,8 @@ class DistillationModule(L.LightningModule):
         total = total * (1 + 0 * total.detach())  # where it is not finite, neither is any of its gradient
 
         if due:
-            self._step_sums.add(breakdown, result.routing_stats, accumulation, batch_idx % accumulation == 0)
+            tokens, starts = len(batch["positions"]), batch_idx % accumulation == 0
+            self._step_sums.add(breakdown, result.routing_stats, tokens, accumulation, starts)
         step = None
         if (batch_idx + 1) % accumulation == 0 or self.trainer.is_last_batch:
             self._throughput.add(batch["units"]["tokens"])

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -171,8 +172,10 @@ class DistillCLI(LightningCLI):
         checks = self.subcommand == "check"
         try:
             trainer = self._instantiate_trainer(config | here if checks else config, extra)
-        except (TypeError, ValueError) as error:  # Lightning's, of what only the trainer itself can tell
-            raise told(error) or UserError(f"trainer: {shorten(str(error))}") from error
+        except (TypeError, ValueError) as error:
+            if "lightning" not in traceback.extract_tb(error.__traceback__)[-1].filename:
+                raise
+            raise UserError(f"trainer: {shorten(str(error))}") from error  # of what only Lightning itself can tell
         if checks:
             trainer.asked = config  # type: ignore[attr-defined]
         return trainer
@@ -213,6 +216,10 @@ def run(args: list[str] | None = None) -> DistillCLI:
                 f"data.num_workers: {str(error).splitlines()[0]} Killed from outside, or out of memory: go on with "
                 "--ckpt_path last, with fewer workers if it happens again"
             ) from error
+        if "SaveConfig expected" in str(error):
+            raise UserError(
+                "trainer.logger: its directory holds a run already; leave the version out, or give another"
+            ) from error
         if "by peer" in str(error):  # gloo's words
             raise RunError(
                 "trainer.devices: another process of this run has died, see what it said last; go on with "
@@ -239,7 +246,7 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message="The dirpath has changed from")  # every run has a directory of its own
     warnings.filterwarnings("ignore", message="Precision .* is not supported by the model summary")
     # What the module logs of an epoch is the same on all ranks.
-    warnings.filterwarnings("ignore", message="It is recommended to use .*sync_dist=True")
+    warnings.filterwarnings("ignore", message="It is recommended to use .*'(train|val|test)/.*sync_dist=True")
     warnings.formatwarning = sentence
     chatter = re.compile(
         r"Tip:|^[GTHI]PU available|^Seed set|^Using .* Precision|^`Trainer\.\w+` stopped|^Loading `train_dataloader`"

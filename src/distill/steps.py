@@ -18,20 +18,20 @@ class StepSums:
     """Adds up what the micro-batches of one accumulation window yielded."""
 
     def __init__(self) -> None:
-        self._sums, self._count = torch.zeros(0), 0
+        self._sums = torch.zeros(0)
 
-    def add(self, breakdown: LossBreakdown, stats: dict[str, Tensor], accumulation: int, starts: bool) -> None:
+    def add(
+        self, breakdown: LossBreakdown, stats: dict[str, Tensor], tokens: int, accumulation: int, starts: bool
+    ) -> None:
         """Adds a micro-batch, whose raw values carry the factor `accumulation`; `starts` opens a new window."""
         values = [value.double() / accumulation for value in breakdown.raw.values()]
-        values += [value.double() for value in stats.values()]
-        if not values:
-            return
-        starts = starts or len(self._sums) != len(values)
-        self._sums = torch.stack(values) + (0 if starts else self._sums)
-        self._count = 1 if starts else self._count + 1
+        values += [value.double() * tokens for value in stats.values()]
+        if values:
+            counted = torch.stack([*values, torch.full_like(values[0], tokens)])
+            self._sums = counted if starts else self._sums + counted
 
     def whole(self, breakdown: LossBreakdown, stats: dict[str, Tensor]) -> tuple[LossBreakdown, dict[str, Tensor]]:
-        """The breakdown of the whole step over all ranks, and means of the statistics over its micro-batches.
+        """The breakdown of the whole step over all ranks, and means of the statistics over its tokens.
 
         Args:
             breakdown: of the step's last micro-batch here; its values are replaced.
@@ -42,9 +42,9 @@ class StepSums:
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self._sums)  # unlike Lightning's reduce, without a barrier that the host waits at
             self._sums /= dist.get_world_size()
-        raw, means = self._sums.split([len(breakdown.raw), len(stats)])
+        raw, means, tokens = self._sums.split([len(breakdown.raw), len(stats), 1])
         step = LossBreakdown(dict(zip(breakdown.raw, raw.unbind(), strict=True)), breakdown.weights)
-        return step, dict(zip(stats, (means / self._count).unbind(), strict=True))
+        return step, dict(zip(stats, (means / tokens.clamp(min=1e-9)).unbind(), strict=True))
 
 
 def peak_memory_gib(device: torch.device) -> float:

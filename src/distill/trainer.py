@@ -59,7 +59,9 @@ class DistillTrainer(L.Trainer):
         logger = self.loggers[0] if self.loggers else None
         if logger is None or isinstance(logger, CSVLogger | TensorBoardLogger | DummyLogger):
             return super().log_dir
-        return self.strategy.broadcast(str(directory_of(logger, self.default_root_dir)))
+        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+        directory = os.path.join(logger.save_dir or self.default_root_dir, str(logger.name), version)
+        return self.strategy.broadcast(directory)
 
     def check(
         self,
@@ -95,16 +97,10 @@ class DistillTrainer(L.Trainer):
             raise SystemExit(1)
 
 
-def directory_of(logger: Logger, root: str) -> Path:
-    """The directory of a logger's run; `root` holds those of loggers that name none of their own."""
-    if isinstance(logger, CSVLogger | TensorBoardLogger):
-        return Path(logger.log_dir)
-    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-    return Path(logger.save_dir or root, str(logger.name), version)
-
-
 def earlier_runs(root: str | Path, logger: Logger | list[Logger] | bool | None = None) -> list[Path]:
     """Directories of the runs that were written where a new one will be, the newest first.
+
+    Only the file system is asked, so that all ranks find the same and no logger opens a run.
 
     Args:
         root: the trainer's `default_root_dir`.
@@ -115,17 +111,15 @@ def earlier_runs(root: str | Path, logger: Logger | list[Logger] | bool | None =
     first = logger[0] if isinstance(logger, list) else logger
     if not isinstance(first, Logger):
         first = CSVLogger(root, name="lightning_logs")
-    new = directory_of(first, str(root))
-    runs = [path.parent for path in new.parent.glob("*/checkpoints")]
-    if new in runs:  # its version is fixed: it goes on in the same directory
-        return [new]
     if not isinstance(first, CSVLogger | TensorBoardLogger):
+        found = [path.parent for path in Path(first.save_dir or root).glob("*/*/checkpoints")]
+        runs = [run for run in found if run.parent.name != "lightning_logs"]  # the default loggers' own
         return sorted(runs, key=lambda run: -(run / "checkpoints").stat().st_mtime_ns)
-    numbers = {run: re.fullmatch(r"version_(\d+)", run.name) for run in (new, *runs)}
-    if numbers[new] is None:
-        return []
-    numbered = {run: int(match[1]) for run, match in numbers.items() if match is not None}
-    return sorted(numbered, key=lambda run: -numbered[run])
+    if first._version is not None:  # given, not counted up
+        name = first._version if isinstance(first._version, str) else f"version_{first._version}"
+        return [Path(first.root_dir, name)]
+    runs = [path.parent for path in Path(first.root_dir).glob("version_*/checkpoints")]
+    return sorted((run for run in runs if re.fullmatch(r"version_\d+", run.name)), key=lambda run: -int(run.name[8:]))
 
 
 def environment(trainer: L.Trainer) -> dict[str, str | int]:

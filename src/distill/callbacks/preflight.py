@@ -72,7 +72,7 @@ def quick_findings(trainer: L.Trainer, module: Any, datamodule: Any) -> tuple[li
         ]
         findings += vocabulary_findings(Vocabulary("tokenizer", len(tokenizer), special_ids(tokenizer)), sides)
     if rows is not None and len(rows):
-        findings += held_out_findings(datamodule)
+        findings += held_out_findings(datamodule) if trainer.limit_val_batches else []
         batch = to_device(next(single_rows(rows)), module.device)
         findings += batch_findings(batch, min(sizes))
         if teacher is not None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2.exceptions import TemplateError
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from tokenizers.decoders import DecodeStream
 
 from distill.errors import DocumentError, UserError
@@ -80,6 +80,8 @@ def encode_conversation(
     def render(messages: list[Message], **options: Any) -> Any:
         try:
             return tokenizer.apply_chat_template(messages, chat_template=template, **chat.template_options, **options)
+        except TemplateSyntaxError as error:
+            raise UserError(f"data.chat_template: line {error.lineno}: {error.message}; repair it") from error
         except (TemplateError, TypeError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             raise DocumentError(f"the chat template refuses it ({reason})", "repair or remove it") from error
@@ -132,12 +134,12 @@ def encode_conversation(
 def _clean(number: int, message: Message) -> Message:
     """Without the empty keys that a table fills in where messages have different ones.
 
-    Templates make "None" of missing content, or refuse it, but for calls of tools, which come without.
+    Templates make "None" of missing content, or refuse it, but for what comes without, such as calls of tools.
     """
     remedy = "repair or remove it"
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise DocumentError(f"message {number} has no role", remedy)
-    if message.get("content") is None and not message.get("tool_calls"):
+    if message.get("content") is None and all(message[key] is None for key in message.keys() - {"role"}):
         raise DocumentError(f"message {number} ({message['role']}) has no content", remedy)
     return {key: value for key, value in message.items() if value is not None or key == "content"}
 

@@ -4,7 +4,7 @@ Tables are packed once into a cache and read by row number; streams are packed w
 both is that a stream needs `trainer.max_steps` and takes its validation rows from elsewhere or by content.
 """
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -304,8 +304,12 @@ class DistillationDataModule(L.LightningDataModule):
     def _read(self) -> dict[str, Any]:
         """What the rows were made of, for an error that says what has changed since a checkpoint was written."""
         names = ("dataset", "validation_split", "sequence_length", "packing", "max_sequences")
-        return {f"data.{name}": getattr(self, name) for name in names} | {
+        read = {f"data.{name}": getattr(self, name) for name in names}
+        first = asdict(self.sources[0])  # all that parts of a mixture differ in stands in data.dataset
+        read |= {f"data.{name}": first[name] for name in first.keys() - {"dataset", "weight"}}
+        return read | {
             "data.tokenizer": self.tokenizer_source,
+            "data.chat_template": self.chat.template and fingerprint(self.chat.template),
             "data.completion_only_loss": self.chat.completion_only_loss,
             "data.chat_template_kwargs": dict(self.chat.template_options),
         }

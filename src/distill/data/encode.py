@@ -77,11 +77,13 @@ class Encoder:
         tokenizer: a fast tokenizer.
         chat: template and choice of targets.
         place: what error messages call a document, from its number (from 1) and its columns.
+        source: YAML key that names the documents.
     """
 
     tokenizer: Any
     chat: Chat
     place: Callable[[int, Any], str] = "document {}".format
+    source: str = "data.dataset"
 
     def __call__(self, batch: dict[str, list[Any]], first: int = 0) -> list[Document]:
         """Documents of a batch of columns; those that are missing are empty.
@@ -121,7 +123,7 @@ class Encoder:
                     break
         if bad:
             told = "; ".join(f"{', '.join(where)}: {reason}" for reason, where in places.items())
-            raise UserError(f"{bad[0].key}: {told}; {bad[0].remedy}") from bad[0]
+            raise UserError(f"{bad[0].key or self.source}: {told}; {bad[0].remedy}") from bad[0]
         return documents
 
     def key(self, form: str) -> list[Any]:

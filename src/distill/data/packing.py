@@ -212,7 +212,7 @@ def pack(
         UserError: the tokenizer gives no offsets, a document is not of its form, or no row has a label.
     """
     encoder = encoder_of(tokenizer, chat)
-    encoder = replace(encoder, place=place or encoder.place)
+    encoder = replace(encoder, place=place or encoder.place, source=key)
     form = form_of(documents.column_names)
     options = encoder.key(form)
     with bars_on_terminals():

@@ -243,7 +243,7 @@ def _other_data(stored: dict[str, Any], now: dict[str, Any], stands: str, remedy
     if not differing:
         return (
             f"data.dataset: {now['data.dataset']!r} holds other rows than when the checkpoint was written, which "
-            f"{stands} of it; restore it{anew}"
+            f"{stands} of it, or other keys of data made them; restore it{anew}"
         )
     key, *others = differing
     also = "".join(f", {name}: {stored[name]!r} (now {now.get(name)!r})" for name in others)

@@ -150,9 +150,10 @@ def _attach(this: Check) -> int:
     if this.plan.weights:
         this.curriculum.on_fit_start(trainer, module)
     this.findings += schedule_findings(module.warmup_steps, horizon, module.learning_rate)
-    this.findings += held_out_findings(datamodule)
-    if datamodule.train_rows is not None and trainer.check_val_every_n_epoch is not None and trainer.limit_val_batches:
-        _validates(this)
+    if trainer.limit_val_batches:
+        this.findings += held_out_findings(datamodule)
+        if datamodule.train_rows is not None and trainer.check_val_every_n_epoch is not None:
+            _validates(this)
     return horizon
 
 
@@ -194,8 +195,9 @@ def _measure(this: Check) -> float:
     with this.trainer.precision_plugin.forward_context():
         seconds, result = _timed_row(module, batches[0])
         validated = [result]
-        if seconds < FAST_S:
-            seconds, _ = _timed_row(module, batches[0])
+        fast = module.device.type != "cpu" or seconds < FAST_S
+        if fast or module.torch_compile:  # what is done once and for all was in that time too
+            seconds, _ = _timed_row(module, batches[0], metrics=False)
         if module.device.type != "cpu":
             batches += islice(rows, VALIDATED_ROWS - 1)
         with torch.no_grad():
@@ -220,10 +222,10 @@ def _measure(this: Check) -> float:
     return seconds
 
 
-def _timed_row(module: Any, batch: dict[str, Any]) -> tuple[float, Losses]:
-    """Seconds of forward and backward of a row with all components and metrics, and what it yielded."""
+def _timed_row(module: Any, batch: dict[str, Any], metrics: bool = True) -> tuple[float, Losses]:
+    """Seconds of forward and backward of a row with all components, and what it yielded."""
     start = time.perf_counter()
-    result = module.losses(batch, share=1.0, metrics=True)
+    result = module.losses(batch, share=1.0, metrics=metrics)
     result.total.backward()
     if module.device.type == "cuda":
         torch.cuda.synchronize()
