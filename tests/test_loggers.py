@@ -57,6 +57,7 @@ def run_of(distill, config, directory: str):
     return cli
 
 
+@pytest.mark.filterwarnings("ignore:.* exists and is not empty")  # Lightning's, before we refuse it
 def test_last_is_looked_for_where_this_logger_writes(distill, config, caplog):
     config["trainer"]["max_steps"] = 1
     del config["model"]["routing"]
