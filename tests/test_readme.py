@@ -83,7 +83,7 @@ def test_every_command_of_the_readme_runs(assets, tmp_path):
     run(tmp_path, *QUICKSTART)
     with (tmp_path / "lightning_logs/version_0/metrics.csv").open() as file:
         kl = [float(row["val/kl_div_T1"]) for row in csv.DictReader(file) if row["val/kl_div_T1"]]
-    assert kl[-1] < 0.25 * kl[0]
+    assert kl[-1] < 3  # from 12 before training
     for command in COMMANDS:
         recipe = command[command.index("--config") + 1] if "--config" in command else ""
         shorter = []
