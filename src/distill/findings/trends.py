@@ -65,29 +65,25 @@ def loss_flat(run: Run) -> list[Finding]:
         flat, rises = first - last + 2 * error < LEARNED * first, False
     if not flat:
         return []
+    what, how, cause, fix = (
+        "loss flat",
+        "does not fall",
+        "nothing that matters to this loss is trained: frozen or detached student, too small a learning rate, "
+        "weights at zero, or labels that do not fit the text",
+        "check that the student has gradients (train/grad_norm above 0), raise model.learning_rate, and see that "
+        "the component's weight is above zero",
+    )
     if rises:
-        return [
-            Finding(
-                "loss rises",
-                f"{name} rises: {first:.4f} at first, {last:.4f} at last.",
-                [points[0][2], points[len(points) // 2][2], points[-1][2]],
-                "the steps make the student worse: too high a learning rate, a teacher or labels that do not fit the "
-                "text, or text that it has learned by heart",
-                "lower model.learning_rate or lengthen model.warmup_steps, and look at what `distill check` finds; "
-                "where it fell at first, take the best checkpoint and more data",
-            )
-        ]
-    return [
-        Finding(
-            "loss flat",
-            f"{name} does not fall: {first:.4f} at first, {last:.4f} at last.",
-            [points[0][2], points[len(points) // 2][2], points[-1][2]],
-            "nothing that matters to this loss is trained: frozen or detached student, too small a learning rate, "
-            "weights at zero, or labels that do not fit the text",
-            "check that the student has gradients (train/grad_norm above 0), raise model.learning_rate, and see that "
-            "the component's weight is above zero",
+        what, how, cause, fix = (
+            "loss rises",
+            "rises",
+            "the steps make the student worse: too high a learning rate, a teacher or labels that do not fit the "
+            "text, or text that it has learned by heart",
+            "lower model.learning_rate or lengthen model.warmup_steps, and look at what `distill check` finds; "
+            "where it fell at first, take the best checkpoint and more data",
         )
-    ]
+    evidence = [points[0][2], points[len(points) // 2][2], points[-1][2]]
+    return [Finding(what, f"{name} {how}: {first:.4f} at first, {last:.4f} at last.", evidence, cause, fix)]
 
 
 def jumps(run: Run) -> list[Finding]:
