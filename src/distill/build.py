@@ -13,6 +13,7 @@ from distill import models
 from distill.cut import most_important_layers
 from distill.errors import UserError
 from distill.losses.head import check_lm_head, lm_head_of
+from distill.precision import teacher_dtype
 
 
 def build_models(module: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -22,10 +23,9 @@ def build_models(module: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
         UserError: a model that cannot be had, read, packed or cut as the module's options say.
     """
     data = getattr(module.trainer, "datamodule", None)
-    dtype: str = module.teacher_dtype
-    if dtype == "auto":
-        dtype = {"32-true": "float32", "64-true": "float64"}.get(module.trainer.precision, "bfloat16")
-    target, sources, options = getattr(torch, dtype), module.student_sources, module.load_options
+    device = module.trainer.strategy.root_device.type
+    target = teacher_dtype(module.teacher_dtype, module.trainer.precision, device)
+    sources, options = module.student_sources, module.load_options
     loaded = torch.float32 if sources["student_layers"] is not None else target
     teacher = models.load_model(module.teacher_source, dtype=loaded, key="model.teacher", **options)
     if module.student_layers_by == "importance" and isinstance(count := sources["student_layers"], int):
@@ -40,7 +40,7 @@ def build_models(module: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
         module.lora.add_to(student)
     if module.gradient_checkpointing:
         student.activation_checkpointing_enable()
-    return teacher.to(target), student.train()
+    return nn.Module.to(teacher, target), student.train()
 
 
 def calibration_ids(data: Any) -> Tensor:

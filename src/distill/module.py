@@ -68,7 +68,8 @@ class DistillationModule(L.LightningModule):
         min_learning_rate_ratio: where the cosine ends, as a share of the peak.
         teacher_top_k: experts per token of a MoE teacher's forward pass, which makes the target of `kd_loss`: a number,
             native or all. Routing losses read the states of the same pass and choose by the native number all the same.
-        teacher_dtype: auto = the trainer's precision where that is 32-true or 64-true, else bfloat16.
+        teacher_dtype: auto = the trainer's precision where that is 32-true or 64-true, else bfloat16; float32 on a CPU
+            without bf16 units.
         teacher_quantization: int8 = the weights of the teacher's linear layers in eight bits (torchao), but the head's;
             products stay in `teacher_dtype`. Experts fused into one tensor stay as they are.
         torch_compile: compile both decoders; with losses on vocabulary alone, since the others watch layers from

@@ -18,6 +18,7 @@ from distill import models
 from distill.data.datamodule import DistillationDataModule
 from distill.errors import UserError
 from distill.parser import shorten, told
+from distill.precision import teacher_dtype
 from distill.students import Student, is_checkpoint, load_student
 from distill.teachers.online import OnlineTeacher, quantize
 
@@ -90,9 +91,7 @@ def load_pair(
 
     loaded = load_other(student, precision, **options)
     wanted = ran if teacher is None else {}  # options of the run's own teacher
-    auto = {"32-true": "float32", "32": "float32", "64-true": "float64"}.get(precision, "bfloat16")
-    chosen = wanted.get("teacher_dtype", "auto")
-    dtype = getattr(torch, auto if chosen == "auto" else chosen)
+    dtype = teacher_dtype(wanted.get("teacher_dtype", "auto"), precision, fabric.device.type)
     frozen = OnlineTeacher(
         models.load_model(source, dtype=dtype, key="--teacher", **options), wanted.get("teacher_top_k", "native")
     )

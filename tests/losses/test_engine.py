@@ -478,6 +478,26 @@ def test_no_grad_gives_values_without_graph():
     assert not with_graph.kd_sum.requires_grad
 
 
+@pytest.fixture
+def units(monkeypatch):
+    """Products in 16 bits, as on a CPU that has units for them."""
+    monkeypatch.setattr("distill.precision.has_units", lambda dtype: True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_without_16_bit_units_products_are_fp32(dtype, monkeypatch):
+    hidden, head, labels, targets = make_case("all", dtype=torch.float32)
+    options = {"kd": KDLoss(), "temperature": 2.0, "kd_weight": 0.7, "lm_weight": 0.3}
+    exact = distillation_loss(hidden, head, labels, targets, **options)
+    monkeypatch.setattr("distill.precision.has_units", lambda dtype: False)
+    with torch.autocast("cpu", dtype=dtype):
+        got = distillation_loss(hidden, head, labels, targets, **options)
+    assert torch.equal(got.loss, exact.loss)
+    for ours, theirs in zip(gradients(got.loss, hidden, head), gradients(exact.loss, hidden, head), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.usefixtures("units")
 def test_bf16_products_keep_fp32_sums():
     """Against the same logits, rounded to bf16, in fp64: only the products may be coarse."""
     hidden, head, labels, targets = make_case("all", dtype=torch.float32)
@@ -502,7 +522,9 @@ def test_bf16_products_keep_fp32_sums():
         assert (ours - theirs).norm() < 0.02 * theirs.norm()
 
 
-def test_bf16_student_and_fp32_teacher_mix():
+@pytest.mark.parametrize("has_units", [True, False])
+def test_bf16_student_and_fp32_teacher_mix(has_units, monkeypatch):
+    monkeypatch.setattr("distill.precision.has_units", lambda dtype: has_units)
     hidden, head, labels, targets = make_case(dtype=torch.float32)
     options = {"kd": KDLoss(), "temperature": 2.0, "kd_weight": 0.7, "lm_weight": 0.3}
     exact = distillation_loss(hidden, head, labels, targets, **options).loss
@@ -516,6 +538,7 @@ def test_bf16_student_and_fp32_teacher_mix():
         assert (ours.float() - theirs).norm() < 0.02 * theirs.norm()
 
 
+@pytest.mark.usefixtures("units")
 def test_fp16_gradients_survive_a_small_normaliser():
     """Logit gradients stay in their natural range in fp16; weight and loss scale are applied in fp32."""
     hidden, head, labels, targets = make_case(dtype=torch.float32)

@@ -23,6 +23,7 @@ from distill.preflight.checks import (
     Vocabulary,
     batch_findings,
     held_out_findings,
+    precision_findings,
     special_ids,
     teacher_findings,
     unigram_nll,
@@ -63,7 +64,8 @@ def quick_findings(trainer: L.Trainer, module: Any, datamodule: Any) -> tuple[li
     line = f"Check: {counted(trained)} parameters learn"
     if teacher is not None:
         line += f" from a teacher of {counted(sum(p.numel() for p in teacher.parameters()))}"
-    findings = []
+    device = trainer.strategy.root_device.type
+    findings = precision_findings(str(trainer.precision), device)
     if tokenizer is not None:
         named = [("teacher", teacher), ("student", student)]
         sides = [
@@ -79,7 +81,7 @@ def quick_findings(trainer: L.Trainer, module: Any, datamodule: Any) -> tuple[li
             nll = teacher_nll(module.teacher, batch)
             findings += teacher_findings(nll, counting_nll(datamodule, [batch], sizes[0]), sizes[0])
             line += f", whose perplexity on the first validation row is {math.exp(min(nll, 700)):,.1f}"
-    return findings, f"{line}, on {trainer.world_size} x {trainer.strategy.root_device.type}."
+    return findings, f"{line}, on {trainer.world_size} x {device}."
 
 
 def counted(number: int) -> str:

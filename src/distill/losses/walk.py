@@ -17,6 +17,7 @@ from torch import Tensor
 from distill.losses.divergence import KDLoss
 from distill.losses.head import LMHead
 from distill.losses.rows import BUFFERS, Buffers, dense_rows, nll_rows, sampled_rows, statistics_rows, top_k_rows
+from distill.precision import product_dtype
 from distill.teachers.targets import DenseTargets, SampledTargets, Targets, TopKTargets
 
 _CHUNK_BYTES_CPU = 256 << 20  # of logit buffers; more buys nothing once a chunk has a few hundred tokens
@@ -59,11 +60,11 @@ def wide_dtype(hidden_ND: Tensor) -> torch.dtype:
 
 
 def _compute_dtype(hidden_ND: Tensor) -> torch.dtype:
-    """Of matrix products: what autocast would use, else the tensor's own."""
-    device = hidden_ND.device.type
-    if torch.is_autocast_enabled(device) and hidden_ND.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return hidden_ND.dtype
+    """Of matrix products: what autocast would use, else the tensor's own; fp32 on a CPU without units for it."""
+    device, dtype = hidden_ND.device.type, hidden_ND.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    return product_dtype(dtype, device)
 
 
 def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
@@ -90,8 +91,10 @@ def _addmm_(total: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
         total.addmm_(left, right, alpha=factor)
     elif left.is_cuda:
         torch.addmm(total, left, right, out_dtype=total.dtype, alpha=factor, out=total)
-    else:
-        total.add_(torch.mm(left, right), alpha=factor)
+    else:  # in parts that stay in the cache: the widened sum of the whole would be two more tensors of that size
+        rows = max(1, _BLOCK_BYTES // (right.shape[1] * total.element_size()))
+        for part in _slices(0, len(total), rows):
+            total[part].add_(torch.mm(left[part], right), alpha=factor)
 
 
 class _Side:

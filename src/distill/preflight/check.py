@@ -29,6 +29,7 @@ from distill.preflight.checks import (
     alignment_rows,
     batch_findings,
     held_out_findings,
+    precision_findings,
     schedule_findings,
     special_ids,
     teacher_findings,
@@ -98,7 +99,9 @@ def check(trainer: L.Trainer, module: Any, datamodule: Any, plan: Plan) -> list[
         console.print(f"{missing} holds no weights: shown is what a configuration alone can tell.")
         plan.weights = False
     horizon = _attach(this)
-    teacher, student = skeletons(module, str(trainer.precision))
+    precision, device = str(trainer.precision), "cuda" if plan.accelerated else "cpu"
+    this.findings += precision_findings(precision, device)
+    teacher, student = skeletons(module, precision, device)
     _vocabularies(this, teacher.config, student.config)
     rows = getattr(datamodule, "validation_rows", None)
     seconds = None

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from distill.curriculum import Schedule, value_at
+from distill.precision import product_dtype
 
 IGNORE = -100
 FEW_ROWS = 8  # fewer to validate on by a fraction were hardly meant
@@ -186,6 +187,23 @@ def schedule_findings(warmup_steps: int, horizon: int, learning_rate: float) -> 
     if learning_rate > 0.05:
         found.append(f"model.learning_rate: {learning_rate} is far above what AdamW bears")
     return found
+
+
+def precision_findings(precision: str, device: str) -> list[str]:
+    """Whether a device multiplies in the trainer's precision.
+
+    Args:
+        precision: of the trainer.
+        device: cpu, cuda, ...
+    """
+    name = precision.partition("-")[0]
+    dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(name)
+    if dtype is None or product_dtype(dtype, device) == dtype:
+        return []
+    return [
+        f"trainer.precision: {precision}, but this CPU has no units for it: the student's layers run many times slower "
+        "than with 32-true"
+    ]
 
 
 def held_out_findings(datamodule: Any) -> list[str]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from distill.losses.rows import BUFFERS
 from distill.losses.walk import sizes
+from distill.precision import product_dtype
 from distill.preflight.live_bytes import Shape, trace_student, trace_teacher
 
 
@@ -98,10 +99,14 @@ def engine_bytes(student: PreTrainedModel, teacher: PreTrainedModel | None, shap
     vocabs = [head.shape[0] for head in heads]
     like = torch.empty(shape.tokens, 0, device="cpu" if shape.on_cpu else "meta")
     chunk, block = sizes(vocabs, like, torch.float32, shape.chunk_size)
-    logits = sum(chunk * head.shape[0] * _logit_bytes(head, shape) for head in heads)
+    products = [_product_dtype(head, shape) for head in heads]
+    widths = [dtype.itemsize if shape.on_cpu else 4 for dtype in products]  # CUDA widens 16-bit products on the fly
+    logits = sum(chunk * head.shape[0] * width for head, width in zip(heads, widths, strict=True))
     buffers = BUFFERS * block * max(vocabs) * 4
     rows = sum(shape.tokens * head.shape[1] * head.element_size() for head in heads)
-    casts = sum(head.numel() * shape.autocast.itemsize for head in heads[:1] if shape.autocast is not None)
+    casts = sum(
+        head.numel() * dtype.itemsize for head, dtype in zip(heads, products, strict=True) if dtype != head.dtype
+    )
     gradients = 4 * (heads[0].numel() * heads[0].requires_grad + shape.tokens * heads[0].shape[1])
     return logits + buffers + rows + casts + gradients
 
@@ -179,7 +184,5 @@ def largest_layer(model: PreTrainedModel) -> int:
     return max((size_of(layer.parameters()) for stack in stacks for layer in stack), default=0)
 
 
-def _logit_bytes(head: Tensor, shape: Shape) -> int:
-    if shape.on_cpu:
-        return shape.autocast.itemsize if shape.autocast is not None else head.element_size()
-    return 4  # CUDA widens the products of 16-bit inputs on the fly
+def _product_dtype(head: Tensor, shape: Shape) -> torch.dtype:
+    return product_dtype(shape.autocast or head.dtype, "cpu" if shape.on_cpu else "cuda")

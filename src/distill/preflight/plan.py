@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from distill import models
 from distill.cut import cut_layers
+from distill.precision import teacher_dtype
 from distill.preflight.live_bytes import Shape, skeleton
 
 GIB = 2**30
@@ -65,20 +66,18 @@ def head_size(model: Any) -> int:
     return int(model.get_output_embeddings().weight.shape[0])
 
 
-def skeletons(module: Any, precision: str) -> tuple[Any, Any]:
+def skeletons(module: Any, precision: str, device: str) -> tuple[Any, Any]:
     """Teacher and student of a DistillationModule without memory, in the dtypes that a run gives them.
 
     Args:
         module: its models need not be built.
         precision: of the trainer.
+        device: cpu, cuda, ...
     """
     sources, remote = module.student_sources, module.load_options["trust_remote_code"]
     whole = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
     learns = whole.get(precision, torch.float32)
-    if module.teacher_dtype == "auto":
-        frozen = {"32-true": torch.float32, "64-true": torch.float64}.get(precision, torch.bfloat16)
-    else:
-        frozen = getattr(torch, module.teacher_dtype)
+    frozen = teacher_dtype(module.teacher_dtype, precision, device)
     config = models.load_config(module.teacher_source, trust_remote_code=remote)
     teacher = skeleton(config, frozen, remote)
     if sources["student_layers"] is not None:
