@@ -22,6 +22,7 @@ from distill.teachers.targets import DenseTargets, SampledTargets, Targets, TopK
 
 _CHUNK_BYTES_CPU = 256 << 20  # of logit buffers; more buys nothing once a chunk has a few hundred tokens
 _CHUNK_BYTES_ELSEWHERE = 1 << 30
+_PART_BYTES = 16 << 20  # of the head's gradient, where products must be widened afterwards
 _BLOCK_BYTES = 768 << 10  # of one buffer of a row block: all of them together stay in a CPU's cache
 
 
@@ -91,8 +92,8 @@ def _addmm_(total: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
         total.addmm_(left, right, alpha=factor)
     elif left.is_cuda:
         torch.addmm(total, left, right, out_dtype=total.dtype, alpha=factor, out=total)
-    else:  # in parts that stay in the cache: the widened sum of the whole would be two more tensors of that size
-        rows = max(1, _BLOCK_BYTES // (right.shape[1] * total.element_size()))
+    else:  # in parts: product and widened product of the whole would be two more tensors as large as the head
+        rows = max(1, _PART_BYTES // (right.shape[1] * total.element_size()))
         for part in _slices(0, len(total), rows):
             total[part].add_(torch.mm(left[part], right), alpha=factor)
 
