@@ -498,8 +498,10 @@ def test_without_16_bit_units_products_are_fp32(dtype, monkeypatch):
 
 
 @pytest.mark.usefixtures("units")
-def test_bf16_products_keep_fp32_sums():
+@pytest.mark.parametrize("part_bytes", [1, 16 << 20])
+def test_bf16_products_keep_fp32_sums(part_bytes, monkeypatch):
     """Against the same logits, rounded to bf16, in fp64: only the products may be coarse."""
+    monkeypatch.setattr("distill.losses.walk._PART_BYTES", part_bytes)
     hidden, head, labels, targets = make_case("all", dtype=torch.float32)
     options = {"kd": KDLoss(), "temperature": 2.0, "kd_weight": 0.7, "lm_weight": 0.3}
     with torch.autocast("cpu", dtype=torch.bfloat16):
