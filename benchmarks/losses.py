@@ -24,8 +24,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 import yaml
 
-from distill.breakdown import WEIGHT_KEY
 from distill.callbacks.curriculum import Curriculum
+from distill.curriculum import WEIGHT_KEY
 from distill.data.datamodule import DistillationDataModule
 from distill.losses.attention import AttentionTransfer
 from distill.losses.contrastive import Contrastive

@@ -79,6 +79,22 @@ def test_a_loss_that_is_not_finite_stops_with_its_batch(distill, config, monkeyp
     assert batch["input_ids"].shape == (4, 32)
 
 
+def test_a_value_that_is_not_finite_at_weight_zero_is_told_and_stops_nothing(distill, config, monkeypatch):
+    name = "routing_feature_matching_loss"
+
+    def bug(module, total, breakdown):
+        measured = (
+            {name: breakdown.raw[name] * float("inf")} if module.curriculum.step == 0 and name in breakdown.raw else {}
+        )
+        return total, LossBreakdown(breakdown.raw | measured, breakdown.weights)
+
+    plant(monkeypatch, bug)
+    config["curriculum"] = {"feature": 0.0}
+    with pytest.warns(UserWarning, match=f"{name}: not finite in training at step 0, at weight 0: no part of the step"):
+        cli = distill("fit", config)
+    assert cli.trainer.global_step == config["trainer"]["max_steps"]
+
+
 def test_a_gradient_that_is_not_finite_stops_even_at_the_last_step(distill, config, monkeypatch):
     def spoil(self):
         if self.curriculum.step == 2:

@@ -11,9 +11,9 @@ import pytest
 from torch.optim.lr_scheduler import LambdaLR
 
 import distill.module
-from distill.breakdown import WEIGHT_KEY
 from distill.cli import COMMANDS
 from distill.commands.diagnose import diagnose, main
+from distill.curriculum import WEIGHT_KEY
 from distill.errors import UserError
 from distill.losses.routing import Routing
 from distill.module import DistillationModule

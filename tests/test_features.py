@@ -9,8 +9,8 @@ from lightning.pytorch.callbacks import Callback
 
 from conftest import log_of
 from distill import objective as objective_module
-from distill.breakdown import WEIGHT_KEY
 from distill.callbacks.curriculum import Curriculum
+from distill.curriculum import WEIGHT_KEY
 from distill.errors import UserError
 from distill.losses.attention import AttentionTransfer
 from distill.losses.contrastive import Contrastive

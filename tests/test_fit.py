@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from conftest import log_of
-from distill.breakdown import WEIGHT_KEY
 from distill.callbacks.curriculum import Curriculum
+from distill.curriculum import WEIGHT_KEY
 from training_log import parse
 
 ROUTING = ["feature_matching_loss", "expert_importance_loss", "load_balancing_loss", "attention_alignment_loss"]

@@ -113,6 +113,21 @@ def test_draws_are_right_on_average_repeat_with_the_step_and_leave_the_random_st
     assert abs(values.mean() - dense) < 4 * error
 
 
+@pytest.mark.parametrize("kd", [KDLoss(), KDLoss(top_k=3)])
+def test_measuring_kd_at_weight_zero_changes_no_bit(models, batch, kd, monkeypatch):
+    """Chunks of few tokens, whose borders a second model's logits would move."""
+    monkeypatch.setattr("distill.losses.walk._CHUNK_BYTES_CPU", 60_000)
+    student, teacher = models
+    state, gradients = Curriculum(kd=[[0.0, 0.0], [0.5, 1.0]]).state_at(0, 10), []
+    for watched in ([], ["kd_loss"]):
+        result = objective(batch, student, teacher, ["kd_loss", "lm_loss"], state, 1.0, kd=kd, measure_inactive=watched)
+        assert list(result.breakdown.raw) == [*watched, "lm_loss"]
+        gradients.append(torch.autograd.grad(result.total, student.lm_head.weight)[0])
+    assert torch.equal(*gradients)
+    expected = losses(models, batch, Curriculum(kd=1.0).state_at(0, 10), kd).breakdown.raw["kd_loss"]
+    torch.testing.assert_close(result.breakdown.raw["kd_loss"], expected)
+
+
 @pytest.mark.parametrize("kd", [KDLoss(top_k=3), KDLoss(samples=3)])
 def test_the_weight_free_metrics_are_of_all_ids(models, batch, kd):
     state = Curriculum().state_at(0, 10)

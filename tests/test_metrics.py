@@ -72,8 +72,9 @@ def test_sums_stay_exact_in_float64_through_casts_of_the_module():
     metrics = torch.nn.ModuleList([DistillationMetrics()]).to(torch.bfloat16)[0]
     metrics.update(stats(tokens=2.0**40), num_bytes=8)
     metrics.update(stats(tokens=1.0), num_bytes=8)
-    assert metrics.tokens.dtype == torch.float64
-    assert metrics.tokens.item() == 2**40 + 1
+    assert metrics.tokens.item() == metrics.tokens_with_teacher.item() == 2**40 + 1
+    metrics.reset()
+    assert all(getattr(metrics, name).dtype == torch.float64 for name in metrics._defaults)
 
 
 def test_split_into_batches_equals_one_pass():

@@ -10,11 +10,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, T5Config
 
 import tiny
+from distill.cut import cut_layers
 from distill.errors import UserError
 from distill.models import (
     check_packing,
     check_vocabularies,
-    cut_layers,
     load_config,
     load_model,
     load_tokenizer,

@@ -19,7 +19,6 @@ import pytest
 import yaml
 
 from browser import CHROMIUM, Page, browse
-from distill.breakdown import WEIGHT_KEY
 from distill.commands.report import main, report
 from distill.errors import UserError
 from distill.report import drawing, runs, sections, tables
@@ -133,11 +132,6 @@ def read(folder: Path) -> runs.Run:
 
 def page(*folders: Path) -> str:
     return report(folders).read_text()
-
-
-def test_components_are_those_of_the_breakdown_in_its_order():
-    assert list(runs.COMPONENTS) == list(WEIGHT_KEY)
-    assert {name: sections.KEY_COLOUR[key] for name, key in WEIGHT_KEY.items()}.keys() == set(runs.COMPONENTS)
 
 
 def test_log_fills_what_the_metrics_lack(folder):

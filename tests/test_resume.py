@@ -107,6 +107,7 @@ def everywhere(monkeypatch):
 
 LAST = {"accumulate_grad_batches": 3}  # validation at the epoch's end, after a window of one micro-batch
 WITHIN = {"accumulate_grad_batches": 2, "val_check_interval": 4}  # none at the epoch's end
+ACROSS = {"accumulate_grad_batches": 3, "val_check_interval": 5, "check_val_every_n_epoch": None}  # windows and epochs
 EPOCHS, STEPS = {"max_epochs": 2}, {"max_epochs": None, "max_steps": 5}
 
 
@@ -117,6 +118,7 @@ EPOCHS, STEPS = {"max_epochs": 2}, {"max_epochs": None, "max_steps": 5}
         pytest.param(WITHIN | EPOCHS, id="validation within, epochs", marks=pytest.mark.slow),
         pytest.param(LAST | STEPS, id="validation last, steps"),
         pytest.param(WITHIN | STEPS, id="validation within, steps", marks=pytest.mark.slow),
+        pytest.param(ACROSS | {"max_epochs": None, "max_steps": 8}, id="validation across epochs"),
         pytest.param(WITHIN | STEPS | {"workers": 2}, id="with workers", marks=pytest.mark.slow),
     ],
 )
@@ -134,6 +136,13 @@ def test_from_every_point(fit, everywhere, monkeypatch, options):
         again = hook == "on_validation_batch_end"  # that validation begins anew
         rest = [note for note in unbroken.seen if note[0] >= int(step[4:]) + (not again)]
         assert resumed.seen == rest, path.name
+
+
+def test_a_validation_waits_for_the_end_of_its_window(fit):
+    """Seven micro-batches an epoch in windows of 3, 3 and 1, a validation every five micro-batches, counted on."""
+    seen = fit("run", **ACROSS, max_epochs=None, max_steps=9).seen
+    due_after = {5: 2, 10: 4, 15: 7, 20: 8}  # micro-batches: optimizer steps at the end of that window
+    assert [step for step, _ in seen] == [*due_after.values(), 9]
 
 
 @pytest.mark.parametrize(("devices", "batch", "exact"), [(1, 4, True), (4, 1, True), (2, 4, False), (1, 2, False)])

@@ -66,6 +66,11 @@ def test_lora_without_a_matching_layer():
         LoRA(target_modules="nothing").add_to(tiny_llama())
 
 
+def test_lora_of_the_head_is_refused():
+    with pytest.raises(UserError, match=r"model\.lora\.target_modules: .*lm_head.* names the head"):
+        LoRA(target_modules=["q_proj", "lm_head"]).add_to(tiny_llama())
+
+
 def test_importance_is_one_minus_the_cosine_across_a_layer():
     model, ids = tiny_llama(num_hidden_layers=5).requires_grad_(False), torch.arange(24).view(2, 12)
     states = model(ids, output_hidden_states=True).hidden_states

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from distill.breakdown import WEIGHT_KEY
+from distill.curriculum import WEIGHT_KEY
 from distill.training_log import component_name, read, weight_key
 from test_diagnose import EXAMPLE
 from training_log import parse

@@ -9,19 +9,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-# Component -> the curriculum entry that scales it. The order is the order wherever components are listed.
-WEIGHT_KEY = {
-    "kd_loss": "kd",
-    "lm_loss": "lm",
-    "routing_feature_matching_loss": "feature",
-    "routing_expert_importance_loss": "feature",
-    "routing_load_balancing_loss": "feature",
-    "routing_attention_alignment_loss": "attention",
-    "attention_loss": "attention",
-    "layerwise_loss": "layerwise",
-    "contrastive_loss": "contrastive",
-}
-
 
 @dataclass(frozen=True)
 class LossBreakdown:

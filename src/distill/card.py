@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from huggingface_hub.repocard import metadata_load
 
 import distill
-from distill.breakdown import WEIGHT_KEY
+from distill.curriculum import WEIGHT_KEY
 from distill.students import Student
 
 UNKNOWN = "unknown"

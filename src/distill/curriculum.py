@@ -14,7 +14,19 @@ from distill.errors import UserError
 
 Schedule = float | list[list[float]]
 
-WEIGHT_KEYS = ("kd", "lm", "feature", "attention", "layerwise", "contrastive")
+# Component -> the curriculum entry that scales it. The order is the order wherever components are listed.
+WEIGHT_KEY = {
+    "kd_loss": "kd",
+    "lm_loss": "lm",
+    "routing_feature_matching_loss": "feature",
+    "routing_expert_importance_loss": "feature",
+    "routing_load_balancing_loss": "feature",
+    "routing_attention_alignment_loss": "attention",
+    "attention_loss": "attention",
+    "layerwise_loss": "layerwise",
+    "contrastive_loss": "contrastive",
+}
+WEIGHT_KEYS = tuple(dict.fromkeys(WEIGHT_KEY.values()))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from distill.losses.head import LMHead, lm_head_of
 from distill.metrics import DistillationMetrics
 from distill.teachers.online import OnlineTeacher
 from distill.teachers.targets import DenseTargets
-from distill.trace import decode
+from distill.trace import decode, valid_labels, valid_rows
 
 TEACHER = "teacher"
 
@@ -58,8 +58,7 @@ def measure(
         one.metrics.to(fabric.device)
     for index, host_batch in enumerate(batches):
         batch = fabric.to_device(dict(host_batch))
-        positions_N = batch["positions"]
-        labels_N = batch["labels"].flatten().index_select(0, positions_N + 1)
+        labels_N = valid_labels(batch)
         targets: DenseTargets | None = None
         for name, one in sums.items():
             with fabric.autocast():
@@ -69,11 +68,10 @@ def measure(
                 hidden_BLD = _decode(name, one, teacher, batch)
                 one.seconds += _now(fabric) - before
                 one.tokens += batch["input_ids"].numel()
-                hidden_ND = hidden_BLD.flatten(0, 1).index_select(0, positions_N)
+                hidden_ND = valid_rows(hidden_BLD, batch)
                 stats = distillation_loss(
-                    hidden_ND, one.head, labels_N, targets, kd=None, temperature=1.0, kd_weight=None, lm_weight=None,
-                    chunk_size=chunk_size, metrics=True,
-                ).stats  # fmt: skip
+                    hidden_ND, one.head, labels_N, targets, chunk_size=chunk_size, metrics=True
+                ).stats
             assert stats is not None
             one.metrics.update(stats, batch["bytes"])
             if name == TEACHER:

@@ -47,12 +47,17 @@ class LoRA:
         """Puts adapters that start as zero into the student and freezes everything else.
 
         Raises:
-            UserError: peft is not installed, or no layer has a name of `target_modules`.
+            UserError: peft is not installed, or `target_modules` names no layer, or the head.
         """
         student.requires_grad_(False)
         self._tuner(student)
         if not any(parameter.requires_grad for parameter in student.parameters()):
             raise UserError(f"model.lora.target_modules: {self.target_modules} names no layer of the student")
+        if hasattr(student.get_output_embeddings(), "base_layer"):
+            raise UserError(
+                f"model.lora.target_modules: {self.target_modules} names the head, whose adapter the losses would not "
+                "see; leave it out"
+            )
 
     def _tuner(self, student: PreTrainedModel) -> Any:
         try:

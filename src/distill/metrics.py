@@ -5,6 +5,7 @@ the engine sums can be a metric.
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -54,6 +55,11 @@ class DistillationMetrics(Metric):
         for name in _SUMS:
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("calibration", torch.zeros(CALIBRATION_BINS, 3, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> "DistillationMetrics":
+        """Moves the sums along with the module, but they stay float64 where that becomes half precision."""
+        super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), exclude_state)
+        return self
 
     def update(self, stats: TokenStats, num_bytes: int) -> None:
         """Adds one batch.

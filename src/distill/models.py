@@ -21,20 +21,7 @@ from transformers import (
 from distill.cut import cut_layers
 from distill.errors import UserError, did_you_mean
 from distill.losses.head import lm_head_of
-from distill.sources import model_folder, quiet_transformers, resolve
-
-__all__ = [
-    "build_student",
-    "check_packing",
-    "check_vocabularies",
-    "cut_layers",
-    "load_config",
-    "load_model",
-    "load_tokenizer",
-    "max_context",
-    "resolve",
-    "student_from_config",
-]
+from distill.sources import model_folder, quiet_transformers
 
 
 def load_model(

@@ -5,7 +5,6 @@ any split of a step over micro-batches and ranks has the same gradient, without 
 come from a datamodule that counts ahead.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cached_property
@@ -20,11 +19,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distill import checkpoints, models, students
-from distill.breakdown import WEIGHT_KEY, LossBreakdown
+from distill.breakdown import LossBreakdown
 from distill.build import build_models
 from distill.callbacks.curriculum import Curriculum
 from distill.callbacks.resume import ExactResume
-from distill.curriculum import WEIGHT_KEYS, CurriculumState
+from distill.curriculum import WEIGHT_KEY, WEIGHT_KEYS, CurriculumState
 from distill.errors import UserError
 from distill.idle import IdleParameters
 from distill.lora import LoRA
@@ -35,8 +34,8 @@ from distill.losses.layerwise import Layerwise
 from distill.losses.routing import Routing
 from distill.metrics import DistillationMetrics
 from distill.objective import UNIT, Losses, objective
-from distill.optim import CONFIGURED, adamw, configuration_wins, horizon_of, warmup_cosine
-from distill.steps import StepSums, Throughput, peak_memory_gib
+from distill.optim import CONFIGURED, adamw, configuration_wins, horizon_of, validate_between_steps, warmup_cosine
+from distill.steps import StepSums, Throughput, peak_memory
 from distill.strategies import check_sharded, check_strategy, local_sum, shard_model, shard_module, whole_norm
 from distill.teachers.online import OnlineTeacher, quantize
 
@@ -366,7 +365,7 @@ class DistillationModule(L.LightningModule):
             figures["curriculum/top_k_experts"] = float(state.top_k_experts or self.routing.native_k)
         figures["train/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]  # the student's, of this step
         figures["train/tokens_per_s"] = self._throughput.read()
-        figures["train/peak_memory_gib"] = peak_memory_gib(self.device)
+        figures["train/peak_memory_gib"] = peak_memory(self.device) / 2**30
         figures |= {f"routing/{name}": value for name, value in stats.items()}
         if self.skipped_steps is not None:
             figures["train/skipped_steps"] = float(self.skipped_steps)
@@ -436,14 +435,7 @@ class DistillationModule(L.LightningModule):
         trainer.fit_loop._load_combined_loader_states()
         for optimizer, scheduler in zip(trainer.optimizers, trainer.lr_scheduler_configs, strict=True):
             configuration_wins(optimizer, scheduler.scheduler, self._configured)
-        # A checkpoint within an accumulation window would lose the gradients of its micro-batches.
-        accumulation, every = trainer.accumulate_grad_batches, trainer.val_check_batch
-        if every is not None and every < trainer.num_training_batches and every % accumulation:
-            whole = min(math.ceil(every / accumulation) * accumulation, trainer.num_training_batches)
-            trainer.val_check_batch = int(whole)
-            rank_zero_info(
-                f"Validation waits for the end of an accumulation window: every {whole} batches, not {every}."
-            )
+        validate_between_steps(trainer)
         self._throughput = Throughput()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -463,7 +455,8 @@ class DistillationModule(L.LightningModule):
     ) -> None:
         """Clips by norm or value; the norm before clipping is logged as `train/grad_norm` and read by the audit."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self.grad_norm = whole_norm(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        norm = whole_norm(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        self.grad_norm = norm.to(self.device)  # that of no gradients is on the CPU
         if self.drop_nonfinite:
             optimizer.found_inf = (~self.grad_norm.isfinite()).float()  # type: ignore[attr-defined]  # of fused AdamW
         if self._logs_this_step():

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distill.breakdown import WEIGHT_KEY, LossBreakdown
-from distill.curriculum import CurriculumState
+from distill.breakdown import LossBreakdown
+from distill.curriculum import WEIGHT_KEY, CurriculumState
 from distill.losses.attention import AttentionTransfer
 from distill.losses.contrastive import Contrastive
 from distill.losses.engine import KDLoss, TokenStats, distillation_loss
@@ -27,7 +27,7 @@ from distill.losses.routing import UNIT as ROUTING_UNIT
 from distill.losses.routing import Routing
 from distill.teachers.online import OnlineTeacher
 from distill.teachers.targets import DenseTargets, Targets, sampled_targets, top_k_targets
-from distill.trace import Needs, merged, trace
+from distill.trace import Needs, merged, trace, valid_labels, valid_rows
 
 FeatureLoss = AttentionTransfer | Layerwise | Contrastive
 
@@ -101,41 +101,31 @@ def objective(
     layers = routing.student_layer_indices if routing is not None and routed else []
     seen = trace(student, batch, merged(loss.student_needs for loss in features) | Needs(hidden=frozenset(layers)))
 
-    positions_N = batch["positions"]
     targets = None
     if taught is not None:
-        targets = DenseTargets(_rows(taught.last_BLD, positions_N), lm_head_of(teacher.model))
-    student_side = (
-        _rows(seen.last_BLD, positions_N),
-        lm_head_of(student),
-        batch["labels"].flatten().index_select(0, positions_N + 1),
-    )
-    thins = "kd_loss" in wanted and kd is not None and (kd.top_k is not None or kd.samples is not None)
+        targets = DenseTargets(valid_rows(taught.last_BLD, batch), lm_head_of(teacher.model))
+    student_side = (valid_rows(seen.last_BLD, batch), lm_head_of(student), valid_labels(batch))
+    kd_targets: Targets | None = targets
+    if "kd_loss" in wanted and kd is not None and (kd.top_k is not None or kd.samples is not None):
+        kd_targets = _thinned(targets, kd, student_side[1].vocab_size, state, batch)
+    kd_options: dict[str, Any] = {"kd": kd, "temperature": state.temperature, "chunk_size": chunk_size}
+    watched = "kd_loss" in wanted and weights["kd_loss"] == 0
+    learns = "kd_loss" in wanted and not watched
     engine = distillation_loss(
         *student_side,
-        _thinned(targets, kd, student_side[1].vocab_size, state, batch) if thins else targets,
-        kd=kd,
-        temperature=state.temperature,
-        kd_weight=weights["kd_loss"] * factor["tokens"] if "kd_loss" in wanted else None,
+        kd_targets if learns else targets,
+        **kd_options,
+        kd_weight=weights["kd_loss"] * factor["tokens"] if learns else None,
         lm_weight=weights["lm_loss"] * factor["tokens"] if "lm_loss" in wanted else None,
-        chunk_size=chunk_size,
-        metrics=metrics and not thins,
+        metrics=metrics and (not learns or kd_targets is targets),
     )
-    token_stats = engine.stats
-    if metrics and thins:  # the weight-free metrics are of the teacher's whole distribution all the same
-        token_stats = distillation_loss(
-            *student_side,
-            targets,
-            kd=None,
-            temperature=1.0,
-            kd_weight=None,
-            lm_weight=None,
-            chunk_size=chunk_size,
-            metrics=True,
-        ).stats
+    sums, token_stats = {"kd_loss": engine.kd_sum, "lm_loss": engine.lm_sum}, engine.stats
+    if watched:  # by itself: a teacher beside the LM loss would move the borders of the chunks, and the last bits
+        sums["kd_loss"] = distillation_loss(*student_side, kd_targets, **kd_options, kd_weight=0.0).kd_sum
+    if metrics and token_stats is None:  # of the teacher's whole distribution, whatever the loss learns from
+        token_stats = distillation_loss(*student_side, targets, chunk_size=chunk_size, metrics=True).stats
     total = engine.loss
     stats: dict[str, Tensor] = {}
-    sums = {"kd_loss": engine.kd_sum, "lm_loss": engine.lm_sum}
     raw = {name: value * factor["tokens"] for name, value in sums.items() if value is not None}
 
     if record is not None:
@@ -184,8 +174,3 @@ def _thinned(
     assert kd.samples is not None
     generator = torch.Generator(targets.hidden_ND.device).manual_seed(state.step * 1_000_003 + batch["bytes"])
     return sampled_targets(targets, kd.samples, state.temperature, shared, generator)
-
-
-def _rows(hidden_BLD: Tensor, positions_N: Tensor) -> Tensor:
-    """Hidden states of the valid tokens, [N, D]."""
-    return hidden_BLD.flatten(0, 1).index_select(0, positions_N)

@@ -18,7 +18,7 @@ from distill import models
 from distill.data.datamodule import DistillationDataModule
 from distill.errors import UserError
 from distill.parser import shorten, told
-from distill.precision import teacher_dtype
+from distill.precision import student_dtype, teacher_dtype
 from distill.students import Student, is_checkpoint, load_student
 from distill.teachers.online import OnlineTeacher, quantize
 
@@ -107,8 +107,8 @@ def load_pair(
 
 def load_other(source: str, precision: str, key: str = "student", **options: Any) -> Student:
     """A student or a baseline in the dtype of a precision; checkpoints keep their own."""
-    half = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
-    return load_student(source, dtype=None if is_checkpoint(source) else half, key=key, **options)
+    dtype = None if is_checkpoint(source) else student_dtype(precision)
+    return load_student(source, dtype=dtype, key=key, **options)
 
 
 def validation_data(

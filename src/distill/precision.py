@@ -1,4 +1,4 @@
-"""What a precision means on a device: the dtype of a frozen teacher, and whether a CPU has units for 16-bit products.
+"""What a precision means on a device: the dtypes of both models, and whether a CPU has units for 16-bit products.
 
 A CPU without such units multiplies bf16 seven to a hundred times slower than fp32. There teacher and loss engine work
 in fp32 whatever the precision; the price is twice the teacher's memory on such a machine.
@@ -24,6 +24,12 @@ def has_units(dtype: torch.dtype) -> bool:
 def product_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
     """The dtype in which matrix products of a dtype are best done on a type of device."""
     return torch.float32 if device == "cpu" and dtype.itemsize < 4 and not has_units(dtype) else dtype
+
+
+def student_dtype(precision: str) -> torch.dtype:
+    """Of parameters that learn, under a precision of the trainer: a true one's own, else float32."""
+    true = {"64-true": torch.float64, "64": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+    return true.get(precision, torch.float32)
 
 
 def teacher_dtype(option: str, precision: str, device: str) -> torch.dtype:

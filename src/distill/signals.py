@@ -49,7 +49,7 @@ class Agreement:
     """The largest of the numbers that the ranks hand in, one round late; at once where there is one rank."""
 
     def __init__(self) -> None:
-        self._several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        self._several = dist.is_initialized() and dist.get_world_size() > 1
         self._group = dist.new_group(backend="gloo") if self._several else None
         self._round: tuple[Any, torch.Tensor] | None = None
 

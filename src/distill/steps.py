@@ -5,6 +5,7 @@ those are.
 """
 
 import resource
+import sys
 import time
 
 import torch
@@ -39,7 +40,7 @@ class StepSums:
         """
         if not breakdown.raw and not stats:
             return breakdown, stats
-        if dist.is_available() and dist.is_initialized():
+        if dist.is_initialized():
             dist.all_reduce(self._sums)  # unlike Lightning's reduce, without a barrier that the host waits at
             self._sums /= dist.get_world_size()
         raw, means, tokens = self._sums.split([len(breakdown.raw), len(stats), 1])
@@ -47,11 +48,11 @@ class StepSums:
         return step, dict(zip(stats, (means / tokens.clamp(min=1e-9)).unbind(), strict=True))
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory that this process has held: allocated tensors on a GPU, resident pages on a CPU; in GiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held: allocated tensors on an accelerator, resident pages on a CPU."""
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Throughput:

@@ -5,7 +5,7 @@ and norms, for the length of one forward pass; outside of it nothing is installe
 checkpointing, which runs layers again later, fills nothing twice. The price: what does not go through the interface
 (eager attention, layers without softmax attention) cannot be read, and is refused before training.
 
-Shapes: B rows, L positions, D width, H query heads, G key-value heads, d width of a head.
+Shapes: B rows, L positions, N valid positions, D width, H query heads, G key-value heads, d width of a head.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -88,6 +88,17 @@ def decode(model: PreTrainedModel, batch: Mapping[str, Any], **kwargs: Any) -> A
     if batch["packed"]:
         kwargs["position_ids"] = batch["position_ids"]
     return model.get_decoder()(input_ids=batch["input_ids"], use_cache=False, **kwargs)
+
+
+def valid_rows(states_BLD: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    """States at the valid positions, (B, L, D) -> (N, D)."""
+    return states_BLD.flatten(0, 1).index_select(0, batch["positions"])
+
+
+def valid_labels(batch: Mapping[str, Any]) -> Tensor:
+    """Next-token ids of the valid positions, (N)."""
+    labels_N: Tensor = batch["labels"].flatten().index_select(0, batch["positions"] + 1)
+    return labels_N
 
 
 def trace(model: PreTrainedModel, batch: Mapping[str, Any], needs: Needs = Needs()) -> Trace:

@@ -180,6 +180,25 @@ def test_the_queue_holds_the_last_states_and_only_training_fills_it():
     torch.testing.assert_close(loss.queue_QD[4:], keys[6:])
 
 
+def test_layers_that_other_losses_look_at_change_nothing():
+    batch = make_batch([[9], [9]], 10)
+    student, teacher = random_sides(batch, 0)
+    alone = built()(student, teacher, batch)
+    others = {layer: torch.randn_like(student.hidden[2]) for layer in (0, 1)}
+    beside = Trace(student.last_BLD, others | student.hidden, {})
+    taught = Trace(teacher.last_BLD, {0: torch.randn_like(teacher.hidden[1])} | teacher.hidden, {})
+    assert torch.equal(built()(beside, taught, batch), alone)
+
+
+def test_a_state_that_is_not_finite_leaves_the_queue_as_a_place_without_token():
+    loss, batch = built(queue_size=8), make_batch([[9], [9]], 10)
+    student, teacher = random_sides(batch, 0)
+    teacher.hidden[1][0] = float("nan")  # one row: the first four places
+    assert not loss(student, teacher, batch).isfinite()
+    assert (loss.queue_contexts_Q == EMPTY).tolist() == [True] * 4 + [False] * 4
+    assert loss(*random_sides(batch, 1), batch).isfinite()
+
+
 def test_the_queue_goes_on_from_a_state_dict():
     batches = [make_batch([[9], [n]], 10) for n in (5, 6, 7)]
     unbroken, first = built(), built()

@@ -377,6 +377,24 @@ def test_padding_content_does_not_matter(make, tau):
         assert number(changed.stats[name]) == pytest.approx(number(value), rel=1e-6)
 
 
+@pytest.mark.parametrize("tau", [math.inf, 0.5])
+@pytest.mark.parametrize("make", [tiny.tiny_deepseek_v3, tiny.tiny_gpt2])
+def test_the_students_autocast_leaves_the_teachers_experts_alone(make, tau):
+    teacher, batch = make(), make_batch([[6, 4]], 10)
+    routing = built(teacher, tau=tau, **dense(make))
+    recording, view = recorded(routing, teacher, batch), routing._views[0]
+    projected = torch.randn(len(batch["positions"]), view.width, generator=torch.Generator().manual_seed(0))
+    valid = torch.arange(len(projected))
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            results.append(
+                routing._route(view, recording.layers[view.layer], batch["positions"], valid, projected, 3, True)
+            )
+    assert torch.equal(results[0].index_NK, results[1].index_NK)
+    assert torch.equal(results[0].mixture_ND, results[1].mixture_ND)
+
+
 @pytest.mark.parametrize("options", [{}, {"tau": 0.5}, {"tau": 0.5, "token_subset": 2}])
 @pytest.mark.parametrize("k", [None, 3])
 @pytest.mark.parametrize("make", [tiny.tiny_mixtral, tiny.tiny_gpt2])

@@ -6,6 +6,8 @@ from torch import nn
 
 import tiny
 from distill.errors import UserError
+from distill.losses.routing_terms import student_aware_route
+from distill.teachers import experts
 from distill.teachers.experts import Recording, mix
 from distill.teachers.find_experts import decoder_layers, find_views, moe_block, moe_layers
 
@@ -175,15 +177,34 @@ def test_chunks_change_nothing(make, monkeypatch):
     close(parts.mixture_ND, whole.mixture_ND)
 
 
+@pytest.mark.parametrize("make", [tiny.tiny_qwen3_moe, tiny.tiny_llama])
+@pytest.mark.parametrize("tau", [None, 0.5])
+def test_shards_are_gathered_as_often_whatever_the_number_of_rows(make, tau, monkeypatch):
+    """Gathering communicates: a rank with fewer rows must not gather less often than the others, who would wait."""
+    model = make()
+    (view,) = find_views(model, [1], None, None)
+    recording, _ = run(model, [view])
+    gathered = []
+    monkeypatch.setattr(experts, "unsharded", lambda module: gathered.append(module) or module)
+    monkeypatch.setattr(experts, "CHUNK_BYTES", 1000)
+    counts = []
+    for rows in (0, 1, 5, len(ALL)):
+        if tau is None:
+            view.route(recording.layers[1], ALL[:rows], 3, mixture=True)
+        else:
+            student_aware_route(view, recording.layers[1], ALL[:rows], torch.zeros(rows, view.width), 3, tau)
+        counts.append(len(gathered))
+        gathered.clear()
+    assert counts[0] > 0
+    assert len(set(counts)) == 1
+
+
 @pytest.mark.parametrize("make", [tiny.tiny_deepseek_v3, tiny.tiny_gpt2])
-def test_hooks_live_only_inside_an_active_recording(make):
+def test_hooks_live_only_inside_a_recording(make):
     model = make()
     views = find_views(model, [1], None, None)
     hooked = lambda: sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())  # noqa: E731
     assert hooked() == 0
-    with Recording(views, active=False) as idle:
-        assert hooked() == 0
-    assert idle.layers == {}
     recording = Recording(views)
     with recording:
         assert hooked() > 0
@@ -253,6 +274,9 @@ def test_sharded_weights_are_gathered(tmp_path):
                 expected = view.route(recording.layers[1], ALL, 3, mixture=True)
                 actual = sharded_view.route(sharded_recording.layers[1], ALL, 3, mixture=True)
                 close(actual.mixture_ND, expected.mixture_ND)
-                close(sharded_view.outputs(sharded_recording.layers[1], ALL), view.outputs(recording.layers[1], ALL))
+                close(
+                    sharded_view.whole().outputs(sharded_recording.layers[1], ALL),
+                    view.outputs(recording.layers[1], ALL),
+                )
     finally:
         torch.distributed.destroy_process_group()

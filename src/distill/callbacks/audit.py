@@ -17,14 +17,16 @@ from typing import Any, Literal, final
 
 import lightning as L
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from distill.breakdown import WEIGHT_KEY, LossBreakdown
+from distill.breakdown import LossBreakdown
 from distill.callbacks.curriculum import Curriculum
 from distill.callbacks.text import run_directory
 from distill.callbacks.train_debug import unscaled
+from distill.curriculum import WEIGHT_KEY
 from distill.errors import AuditError
 from distill.optim import step_back
 
@@ -180,11 +182,12 @@ class LossAudit(Callback):
             return
         names, first = blamed
         names = list(dict.fromkeys([*names, *broken]))
+        if "gradient" not in broken:
+            rank_zero_warn(f"{', '.join(names)}: not finite in {entry.where}, at weight 0: no part of the step")
+            return
         overflow = self.scaler is not None and names == ["gradient"]
         if not overflow and self.on_nonfinite == "stop":
             raise AuditError(f"{', '.join(names)}: not finite in {entry.where}; {self._save(first.batch)}")
-        if "gradient" not in broken:
-            return  # measured at weight zero: no part of the step
         self.skipped += 1
         self.in_a_row += 1
         for config in self.trainer.lr_scheduler_configs:
@@ -221,5 +224,5 @@ class LossAudit(Callback):
         Path(self.directory).mkdir(parents=True, exist_ok=True)
         rank = self.trainer.global_rank
         path = Path(self.directory, f"nonfinite_batch_rank{rank}.pt" if rank else "nonfinite_batch.pt")
-        torch.save({key: value.cpu() if isinstance(value, Tensor) else value for key, value in batch.items()}, path)
+        torch.save(move_data_to_device(batch, "cpu"), path)
         return f"the batch was saved to {path}"

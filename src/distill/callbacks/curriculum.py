@@ -11,8 +11,15 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
-from distill.breakdown import WEIGHT_KEY
-from distill.curriculum import WEIGHT_KEYS, CurriculumState, Schedule, check_schedule, round_half_up, value_at
+from distill.curriculum import (
+    WEIGHT_KEY,
+    WEIGHT_KEYS,
+    CurriculumState,
+    Schedule,
+    check_schedule,
+    round_half_up,
+    value_at,
+)
 from distill.errors import UserError
 from distill.optim import horizon_of
 

@@ -13,6 +13,7 @@ from typing import Any, final
 
 import lightning as L
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback
 
 from distill.callbacks.text import run_directory, write
@@ -29,6 +30,7 @@ from distill.preflight.checks import (
     unigram_nll,
     vocabulary_findings,
 )
+from distill.trace import valid_labels, valid_rows
 
 COUNTED_ROWS = 256  # of the training rows, whose tokens are counted for the unigram
 
@@ -75,7 +77,7 @@ def quick_findings(trainer: L.Trainer, module: Any, datamodule: Any) -> tuple[li
         findings += vocabulary_findings(Vocabulary("tokenizer", len(tokenizer), special_ids(tokenizer)), sides)
     if rows is not None and len(rows):
         findings += held_out_findings(datamodule) if trainer.limit_val_batches else []
-        batch = to_device(next(single_rows(rows)), module.device)
+        batch = move_data_to_device(next(single_rows(rows)), module.device)
         findings += batch_findings(batch, min(sizes))
         if teacher is not None:
             nll = teacher_nll(module.teacher, batch)
@@ -92,14 +94,10 @@ def counted(number: int) -> str:
 @torch.no_grad()
 def teacher_nll(teacher: Any, batch: dict[str, Any]) -> float:
     """Nats per token of a batch under an online teacher, without a logits tensor."""
-    positions_N = batch["positions"]
-    hidden_ND = teacher.hidden(batch).flatten(0, 1).index_select(0, positions_N)
-    labels_N = batch["labels"].flatten().index_select(0, positions_N + 1)
-    engine = distillation_loss(
-        hidden_ND, lm_head_of(teacher.model), labels_N, None, kd=None, temperature=1.0, kd_weight=None, lm_weight=0.0
-    )
+    hidden_ND, labels_N = valid_rows(teacher.hidden(batch), batch), valid_labels(batch)
+    engine = distillation_loss(hidden_ND, lm_head_of(teacher.model), labels_N, None, lm_weight=0.0)
     assert engine.lm_sum is not None
-    return float(engine.lm_sum) / max(1, len(positions_N))
+    return float(engine.lm_sum) / max(1, len(labels_N))
 
 
 def single_rows(rows: Any) -> Iterator[dict[str, Any]]:
@@ -107,15 +105,10 @@ def single_rows(rows: Any) -> Iterator[dict[str, Any]]:
     return (rows.__getitems__(micro_batch) for micro_batch in EveryRowOnce(rows.units_R, 1))
 
 
-def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors on a device."""
-    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-
-
 def counting_nll(datamodule: Any, batches: list[dict[str, Any]], vocab_size: int) -> float:
     """Nats per token of a word count of training rows, or of later validation rows of a stream."""
     rows = datamodule.train_rows if datamodule.train_rows is not None else datamodule.validation_rows
     step = max(1, len(rows) // COUNTED_ROWS)
     counted = [torch.as_tensor(rows[index]["input_ids"]) for index in range(0, len(rows), step)]
-    labels = [batch["labels"].flatten().index_select(0, batch["positions"] + 1).cpu() for batch in batches]
+    labels = [valid_labels(batch).cpu() for batch in batches]
     return unigram_nll(torch.cat(counted).long(), torch.cat(labels), vocab_size)

@@ -81,7 +81,7 @@ class ExactResume(Callback):
         """Collective: every rank's state, before the validation where the checkpoint falls into one."""
         mine = self.before_validation or random_state()
         ranks: list[Any] = [mine]
-        if dist.is_available() and dist.is_initialized():
+        if dist.is_initialized():
             ranks = [None] * dist.get_world_size()
             dist.all_gather_object(ranks, mine)
         return {"random": ranks, "in_validation": self.before_validation is not None}

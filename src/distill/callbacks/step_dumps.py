@@ -10,8 +10,9 @@ from typing import Any, final
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from distill.breakdown import WEIGHT_KEY, LossBreakdown
+from distill.breakdown import LossBreakdown
 from distill.callbacks.text import block, emit, run_directory
+from distill.curriculum import WEIGHT_KEY
 from distill.errors import UserError
 
 
@@ -30,8 +31,8 @@ class StepDump(Callback, ABC):
     def __init__(self, every_n_steps: int = 500, first_steps: int = 10) -> None:
         if every_n_steps < 1 or first_steps < 0:
             raise UserError(
-                f"every_n_steps: {every_n_steps}, first_steps: {first_steps}: give at least 1 and 0 (null on the "
-                "callback's own key switches it off)"
+                f"{type(self).__name__}: every_n_steps {every_n_steps}, first_steps {first_steps}: give at least 1 and "
+                "0 (null on the callback's own key switches it off)"
             )
         self.every_n_steps = every_n_steps
         self.first_steps = first_steps

@@ -4,8 +4,6 @@ For a checkpoint the figures equal those that `distill validate` logs; the table
 """
 
 import json
-import resource
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -74,12 +72,12 @@ def evaluate(
     Raises:
         UserError: models or data that cannot be had, ids that mean different tokens, a task that is not there.
     """
-    import torch
 
     from distill.evaluation import TEACHER, gap_closed_percent, measure
     from distill.models import check_packing, check_vocabularies
     from distill.pair import load_other, load_pair, validation_data
     from distill.program import quieten
+    from distill.steps import peak_memory
 
     quieten()
     if limit is not None and limit < 1:
@@ -132,11 +130,7 @@ def evaluate(
         words = {TEACHER: pair.tokenizer} | {name: other.tokenizer for name, other in students.items()}
         every = {TEACHER: pair.teacher.model} | models
         report["tasks"] = run_tasks(manager, every, words, names, limit, rows.per_device_batch_size)
-    if pair.fabric.device.type == "cpu":
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    else:
-        peak = torch.accelerator.max_memory_allocated()
-    report["peak_memory_MB"] = peak / 1e6
+    report["peak_memory_MB"] = peak_memory(pair.fabric.device) / 1e6
     return report
 
 

@@ -78,7 +78,7 @@ class StreamLoader(DataLoader):
         return dict(zip(KINDS, counts.tolist(), strict=True))
 
     def _ranks(self) -> int:
-        return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        return dist.get_world_size() if dist.is_initialized() else 1
 
     def _hosts(self) -> Any:
         """A group of all ranks that communicates between hosts' memories, whatever the devices use."""

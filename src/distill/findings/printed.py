@@ -8,11 +8,12 @@ from bisect import bisect
 from dataclasses import dataclass
 from functools import lru_cache
 
+from distill.curriculum import WEIGHT_KEYS
 from distill.findings.evidence import Run
 from distill.training_log import Block, Figure, weight_key
 
 RELATIVE = 1e-5
-LATER = ("feature", "attention", "layerwise", "contrastive")  # zero in phase 1
+LATER = tuple(key for key in WEIGHT_KEYS if key not in ("kd", "lm"))  # zero in phase 1
 NEAR = 0.01  # share of the run over which a weight printed once is taken to hold
 
 

@@ -188,8 +188,10 @@ class Contrastive(nn.Module):
             batch: with input_ids and position_ids [B, L] and positions [N].
         """
         position_S, taken_S = sample(batch, self.tokens_per_row)
+        (ours,), (theirs,) = self.student_needs.hidden, self.teacher_needs.hidden  # others' layers are there too
         states_SD, target_SD = (
-            next(iter(side.hidden.values())).flatten(0, 1).index_select(0, position_S) for side in (student, teacher)
+            hidden_BLD.flatten(0, 1).index_select(0, position_S)
+            for hidden_BLD in (student.hidden[ours], teacher.hidden[theirs])
         )
         context_T = contexts(batch["input_ids"], batch["position_ids"]).flatten()
         context_S = context_T.index_select(0, position_S).masked_fill(~taken_S, EMPTY)
@@ -216,9 +218,11 @@ class Contrastive(nn.Module):
 
     @torch.no_grad()
     def _enqueue(self, key_MD: Tensor, context_M: Tensor) -> None:
-        """Writes the states over the oldest ones."""
+        """Writes the states over the oldest ones; those that are not finite as places that hold no token."""
         if not self.queue_size:
             return
+        finite_M = key_MD.isfinite().all(-1)
+        key_MD, context_M = key_MD.where(finite_M[:, None], 0.0), context_M.where(finite_M, EMPTY)
         key_MD, context_M = key_MD[-self.queue_size :], context_M[-self.queue_size :]
         index_M = (torch.arange(len(key_MD), device=key_MD.device) + self.place) % self.queue_size
         self.queue_QD.index_copy_(0, index_M, key_MD.to(self.queue_QD.dtype))
@@ -232,7 +236,7 @@ def _filled(rows: Tensor, missing: int) -> Tensor:
 
 
 def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    return dist.is_initialized()
 
 
 def _of_all_ranks(rows: Tensor) -> Tensor:

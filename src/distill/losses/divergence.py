@@ -57,7 +57,8 @@ class KDLoss:
             raise UserError(f"model.kd_loss.alpha: {self.alpha} is outside (0, 1); DistiLLM uses 0.1")
         if not 0 < self.coefficient < float("inf"):
             raise UserError(
-                f"coefficient: {self.coefficient} must be a number > 0; use the curriculum to switch KD off"
+                f"model.kd_loss.coefficient: {self.coefficient} must be a number above 0; the curriculum switches KD "
+                "off"
             )
         for key in ("top_k", "samples"):
             count = getattr(self, key)

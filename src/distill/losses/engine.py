@@ -68,11 +68,10 @@ def distillation_loss(
     labels_N: Tensor,
     targets: Targets | None,
     *,
-    kd: KDLoss | None,
-    temperature: float,
-    kd_weight: float | None,
-    lm_weight: float | None,
-    shared_vocab: int | None = None,
+    kd: KDLoss | None = None,
+    temperature: float = 1.0,
+    kd_weight: float | None = None,
+    lm_weight: float | None = None,
     chunk_size: int | None = None,
     metrics: bool = False,
 ) -> EngineOutput:
@@ -89,7 +88,6 @@ def distillation_loss(
         temperature: KD temperature T.
         kd_weight: factor on the summed KD loss, normaliser included. None: not computed. 0: value without gradient.
         lm_weight: the same for the LM loss.
-        shared_vocab: ids that KD compares, the first ones of both vocabularies; those that both have when None.
         chunk_size: tokens at a time; chosen by a memory budget when None.
         metrics: also return the weight-free statistics (validation).
 
@@ -106,14 +104,15 @@ def distillation_loss(
         _refuse_unsuitable(targets, kd, temperature, student_head.vocab_size)
     elif not metrics:
         targets = None  # the teacher's head is not even read
+        if lm_weight is None:
+            return EngineOutput(student_hidden_ND.new_zeros((), dtype=wide_dtype(student_hidden_ND)), None, None, None)
     head = student_head.whole()
     inputs = (student_hidden_ND, head.weight, head.bias)
     learns = torch.is_grad_enabled() and bool(kd_weight or lm_weight)
     needs = tuple(learns and x is not None and x.requires_grad for x in inputs)
     with torch.no_grad():
-        both = _shared_vocab(head.vocab_size, targets)
-        assert shared_vocab is None or shared_vocab <= both, "shared ids exceed a vocabulary"
-        task = Task(kd, temperature, kd_weight, lm_weight, shared_vocab or both, metrics, needs)
+        shared = _shared_vocab(head.vocab_size, targets)
+        task = Task(kd, temperature, kd_weight, lm_weight, shared, metrics, needs)
         values, gradients = walk(student_hidden_ND, head, labels_N, targets, task, chunk_size)
         loss = torch.zeros((), dtype=wide_dtype(student_hidden_ND), device=student_hidden_ND.device)
         kd_sum = lm_sum = None
@@ -130,7 +129,7 @@ def distillation_loss(
 
 
 def _shared_vocab(student_vocab: int, targets: Targets | None) -> int:
-    """Ids that both sides have: what padding of one vocabulary adds is left out."""
+    """Ids that KD compares, those that both sides have: what padding of one vocabulary adds is left out."""
     if targets is None:
         return student_vocab
     return min(student_vocab, targets.head.vocab_size if isinstance(targets, DenseTargets) else targets.vocab_size)

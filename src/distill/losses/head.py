@@ -53,11 +53,36 @@ class LMHead:
         logits_NV = linear(hidden_ND, self.weight, self.bias) * self.scale
         return logits_NV if self.softcap is None else self.softcap * torch.tanh(logits_NV / self.softcap)
 
+    def finish_(self, linear_NV: Tensor) -> Tensor:
+        """Logits from hidden W^T, in place: bias, scale and soft-cap."""
+        if self.bias is not None:
+            linear_NV.add_(self.bias.detach())
+        if self.scale != 1:
+            linear_NV.mul_(self.scale)
+        if self.softcap is not None:
+            linear_NV.div_(self.softcap).tanh_().mul_(self.softcap)
+        return linear_NV
+
     def whole(self) -> "LMHead":
         """The same head with its shards gathered; gradients return to the shards as the mean over ranks."""
         return LMHead(
             _gathered(self.weight), None if self.bias is None else _gathered(self.bias), self.scale, self.softcap
         )
+
+
+def logits_dtype(compute: torch.dtype, device: torch.device) -> torch.dtype:
+    """Of products in `compute`: CUDA widens 16-bit ones on the fly, elsewhere they are rounded to it."""
+    return torch.float32 if device.type == "cuda" and compute.itemsize < 4 else compute
+
+
+def mm_into(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """out = left @ right, widened on the fly where the device can."""
+    if left.dtype == out.dtype:
+        torch.mm(left, right, out=out)
+    elif left.is_cuda:
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(torch.mm(left, right))
 
 
 def lm_head_of(model: PreTrainedModel) -> LMHead:

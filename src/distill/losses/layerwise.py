@@ -21,7 +21,7 @@ from distill.errors import UserError
 from distill.losses.routing import apply, check_layers, same_depth, spread
 from distill.losses.routing_terms import normalise
 from distill.teachers.experts import full_precision
-from distill.trace import Needs, Trace
+from distill.trace import Needs, Trace, valid_rows
 
 DEFAULT_PAIRS = 4  # or as many as the student has layers
 
@@ -96,7 +96,9 @@ class Layerwise(nn.Module):
         elif chosen is None or isinstance(chosen, int):
             count = min(DEFAULT_PAIRS, depth) if chosen is None else chosen
             if count > depth:
-                raise UserError(f"model.layerwise.student_layers: {count} are more than the student's {depth} layers")
+                raise UserError(
+                    f"model.layerwise.student_layers: {count} are more than the student's {depth} layers; lower it"
+                )
             chosen = spread(count, list(range(depth)))
         check_layers("model.layerwise.student_layers", chosen, depth)
         if targets is None:
@@ -139,12 +141,11 @@ class Layerwise(nn.Module):
             batch: with position_ids [B, L] and positions [N].
         """
         assert self.pairs, "build() comes first"
-        positions_N = batch["positions"]
-        counts_N = batch["position_ids"].flatten().index_select(0, positions_N) > 0
+        counts_N = batch["position_ids"].flatten().index_select(0, batch["positions"]) > 0
         values = []
         for projection, (ours, theirs) in zip(self.projections, self.pairs, strict=True):
-            states_ND = student.hidden[ours].flatten(0, 1).index_select(0, positions_N)
-            target_ND = teacher.hidden[theirs].detach().flatten(0, 1).index_select(0, positions_N)
+            states_ND = valid_rows(student.hidden[ours], batch)
+            target_ND = valid_rows(teacher.hidden[theirs].detach(), batch)
             distance_N = DISTANCES[self.distance](apply(projection, normalise(states_ND)), target_ND)
             values.append((distance_N * counts_N).sum())
         return torch.stack(values).mean() * self.coefficient

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from distill.breakdown import WEIGHT_KEY
-from distill.curriculum import round_half_up
+from distill.curriculum import WEIGHT_KEY, round_half_up
 from distill.errors import UserError, did_you_mean
 from distill.losses.routing_terms import (
     attention_alignment,
@@ -34,6 +33,7 @@ from distill.losses.routing_terms import (
 )
 from distill.teachers.experts import Capture, Recording, Routed, View, full_precision
 from distill.teachers.find_experts import decoder_layers, find_views, moe_layers
+from distill.trace import valid_rows
 
 UNIT = {
     "routing_feature_matching_loss": "tokens",
@@ -169,9 +169,9 @@ class Routing(nn.Module):
         if IMPORTANCE in self.components or BALANCE in self.components:
             self.probes = nn.ModuleList(nn.Linear(student.hidden_size, self.num_experts_) for _ in self._views)
 
-    def record(self, active: bool = True) -> Recording:
-        """Around the teacher's forward pass: keeps what the chosen blocks did with the batch. Free where not active."""
-        return Recording(self._views, active)
+    def record(self) -> Recording:
+        """Around the teacher's forward pass: keeps what the chosen blocks did with the batch."""
+        return Recording(self._views)
 
     def trained_by(self, component: str) -> Iterator[nn.Parameter]:
         """The projections or probes that a component sends gradient to."""
@@ -179,17 +179,17 @@ class Routing(nn.Module):
         yield from heads[component].parameters() if component in heads else ()
 
     def settings(self) -> dict[str, Any]:
-        """What the heads in a checkpoint depend on, as plain values."""
+        """What heads and targets depend on, as plain values."""
         return {
             "components": self.components,
+            "coefficients": [self.coefficients[component] for component in self.components],
+            "tau": self.tau,
+            "token_subset": self.token_subset,
+            "native_top_k": self.native_k,
             "teacher_layers": [view.layer for view in self._views],
             "student_layers": self.student_layer_indices,
             "num_experts": self.num_experts_,
         }
-
-    def needs_record(self, names: Collection[str]) -> bool:
-        """Whether any of the components reads the teacher's experts."""
-        return bool(set(names) - {BALANCE})
 
     def forward(
         self,
@@ -220,10 +220,10 @@ class Routing(nn.Module):
         probe_logits = []
         for i, (view, states_BLD) in enumerate(zip(self._views, student_states_BLD, strict=True)):
             states_BLD = normalise(states_BLD)
-            states_ND = states_BLD.flatten(0, 1).index_select(0, positions_N)
+            states_ND = valid_rows(states_BLD, batch)
             if IMPORTANCE in wanted or BALANCE in wanted:
                 probe_logits.append(full_precision(apply(self.probes[i], states_ND)))
-            if not self.needs_record(wanted):
+            if set(wanted) <= {BALANCE}:  # nothing else reads the teacher's experts
                 continue
             if ALIGNMENT in wanted:  # its keys need not be valid tokens
                 rows_R, states_RD = (
@@ -275,6 +275,19 @@ class Routing(nn.Module):
         mixture: bool,
     ) -> Routed:
         """Routing of rows R of the batch, `valid_N` of which are valid tokens: the teacher's own, or student-aware."""
+        with torch.autocast(rows_R.device.type, enabled=False):  # as in the teacher's own forward pass
+            return self._routed(view, capture, rows_R, valid_N, projected_RD, k, mixture)
+
+    def _routed(
+        self,
+        view: View,
+        capture: Capture,
+        rows_R: Tensor,
+        valid_N: Tensor,
+        projected_RD: Tensor | None,
+        k: int,
+        mixture: bool,
+    ) -> Routed:
         if self.tau == math.inf or projected_RD is None:
             return view.route(capture, rows_R, k, mixture)
         if self.token_subset is None:

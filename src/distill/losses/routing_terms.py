@@ -73,7 +73,7 @@ def load_balance(probe_logits_ME: Tensor, k: int, layers: int) -> Tensor:
     tokens = probs_SE.new_full((1,), len(probs_ME) // layers)
     world = 1
     shared = torch.cat([chosen_SE.flatten(), probs_SE.detach().flatten(), tokens])
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         world = dist.get_world_size()
         dist.all_reduce(shared)
     all_chosen_SE, all_probs_SE = shared[:-1].view(2, layers, num_experts)
@@ -105,6 +105,7 @@ def student_aware_route(
     view: View, capture: Capture, rows_N: Tensor, projected_ND: Tensor, k: int, tau: float
 ) -> Routed:
     """Routing [N, K] of the rows with the student in view, all experts evaluated on them block by block."""
+    view = view.whole()  # once, not in every chunk: ranks may have different numbers of rows
     gates_NE, experts = view.gates(capture, rows_N), view.num_experts
     log_share_NE, projected_ND = view.log_share(gates_NE), full_precision(projected_ND.detach())
     indices, mixtures, gaps = [], [], []

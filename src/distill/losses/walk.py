@@ -1,8 +1,9 @@
 """The walk of the loss engine over chunks of tokens: matrix products, buffers and the order of the steps.
 
-Two reusable buffers hold one chunk of logits each; on a CPU the element-wise work goes through a chunk in blocks of a
-few rows that stay in its cache, elsewhere through whole chunks. The student's buffer ends up holding the gradient of
-its own logits. The price of a small chunk is a slower matrix product.
+Two reusable buffers hold one chunk of logits each; the element-wise work goes through a chunk in blocks of rows: on a
+CPU a few, which stay in its cache, elsewhere enough to keep the device busy. So nearly all of the memory goes to the
+chunk, and the larger it is, the faster are the matrix products. The student's buffer ends up holding the gradient of
+its own logits.
 
 Shapes: N tokens, C tokens of a chunk, R rows of a block, D hidden width, V vocabulary of a model, S shared vocabulary.
 """
@@ -15,15 +16,16 @@ import torch
 from torch import Tensor
 
 from distill.losses.divergence import KDLoss
-from distill.losses.head import LMHead
+from distill.losses.head import LMHead, logits_dtype, mm_into
 from distill.losses.rows import BUFFERS, Buffers, dense_rows, nll_rows, sampled_rows, statistics_rows, top_k_rows
 from distill.precision import product_dtype
 from distill.teachers.targets import DenseTargets, SampledTargets, Targets, TopKTargets
 
-_CHUNK_BYTES_CPU = 256 << 20  # of logit buffers; more buys nothing once a chunk has a few hundred tokens
+_CHUNK_BYTES_CPU = 256 << 20  # of all buffers; more buys nothing once a chunk has a few hundred tokens
 _CHUNK_BYTES_ELSEWHERE = 1 << 30
 _PART_BYTES = 16 << 20  # of the head's gradient, where products must be widened afterwards
-_BLOCK_BYTES = 768 << 10  # of one buffer of a row block: all of them together stay in a CPU's cache
+_BLOCK_BYTES_CPU = 768 << 10  # of one buffer of a row block: all of them together stay in the cache
+_BLOCK_BYTES_ELSEWHERE = 32 << 20  # an element-wise pass then takes longer than its launch
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,16 +78,6 @@ def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
         yield slice(start + i * total // count, start + (i + 1) * total // count)
 
 
-def _mm_into(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """out = left @ right, widened on the fly where the device can."""
-    if left.dtype == out.dtype:
-        torch.mm(left, right, out=out)
-    elif left.is_cuda:
-        torch.mm(left, right, out_dtype=out.dtype, out=out)
-    else:
-        out.copy_(torch.mm(left, right))
-
-
 def _addmm_(total: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
     """total += factor * left @ right, accumulated in the dtype of `total`."""
     if left.dtype == total.dtype:
@@ -105,18 +97,17 @@ class _Side:
         self.hidden_ND = hidden_ND.detach()
         self.compute = _compute_dtype(hidden_ND)
         self.weight_VD = head.weight.detach().to(self.compute)
-        self.bias_V = None if head.bias is None else head.bias.detach()
         self.head = head
-        # CUDA widens 16-bit products on the fly; elsewhere logits are rounded to the compute dtype.
-        self.logits_dtype = torch.float32 if hidden_ND.is_cuda and self.compute.itemsize < 4 else self.compute
 
     def allocate(self, tokens: int) -> None:
-        self.logits_CV = self.hidden_ND.new_empty(tokens, self.head.vocab_size, dtype=self.logits_dtype)
+        self.logits_CV = self.hidden_ND.new_empty(
+            tokens, self.head.vocab_size, dtype=logits_dtype(self.compute, self.hidden_ND.device)
+        )
 
     def load(self, chunk: slice) -> Tensor:
         """Fills the buffer with the linear map of a chunk; returns the chunk in the compute dtype, (C, D)."""
         hidden_CD = self.hidden_ND[chunk].to(self.compute)
-        _mm_into(self.logits_CV[: len(hidden_CD)], hidden_CD, self.weight_VD.T)
+        mm_into(self.logits_CV[: len(hidden_CD)], hidden_CD, self.weight_VD.T)
         return hidden_CD
 
     def finished(self, block: slice, room: Tensor) -> Tensor:
@@ -124,13 +115,7 @@ class _Side:
         logits_RV = self.logits_CV[block]
         if logits_RV.dtype != room.dtype:
             logits_RV = room.copy_(logits_RV)
-        if self.bias_V is not None:
-            logits_RV.add_(self.bias_V)
-        if self.head.scale != 1:
-            logits_RV.mul_(self.head.scale)
-        if self.head.softcap is not None:
-            logits_RV.div_(self.head.softcap).tanh_().mul_(self.head.softcap)
-        return logits_RV
+        return self.head.finish_(logits_RV)
 
 
 def walk(
@@ -179,7 +164,7 @@ def walk(
                 values[name][rows] = value_R
         d_CV = gradient_CV[: len(hidden_CD)]
         if hidden_grad is not None:
-            _mm_into(hidden_grad[chunk], d_CV, student.weight_VD)
+            mm_into(hidden_grad[chunk], d_CV, student.weight_VD)
         if weight_grad is not None:
             _addmm_(weight_grad, d_CV.T, hidden_CD, unit)
         if bias_grad is not None:
@@ -191,15 +176,15 @@ def walk(
 
 def sizes(vocabs: list[int], like: Tensor, dtype: torch.dtype, chunk_size: int | None) -> tuple[int, int]:
     """Tokens of a chunk and rows of a block."""
-    on_cpu = like.device.type == "cpu"
+    chunk_bytes, block_bytes = _CHUNK_BYTES_ELSEWHERE, _BLOCK_BYTES_ELSEWHERE
+    if like.device.type == "cpu":
+        chunk_bytes, block_bytes = _CHUNK_BYTES_CPU, _BLOCK_BYTES_CPU
+    block_size = max(1, block_bytes // (max(vocabs) * dtype.itemsize))
     if chunk_size is None:
-        buffers = 0 if on_cpu else BUFFERS * max(vocabs)
-        chunk_size = (_CHUNK_BYTES_CPU if on_cpu else _CHUNK_BYTES_ELSEWHERE) // (
-            (sum(vocabs) + buffers) * dtype.itemsize
-        )
+        buffers = BUFFERS * block_size * max(vocabs)
+        chunk_size = (chunk_bytes // dtype.itemsize - buffers) // sum(vocabs)
     chunk_size = max(1, min(chunk_size, len(like)))
-    block_size = _BLOCK_BYTES // (max(vocabs) * dtype.itemsize) if on_cpu else chunk_size
-    return chunk_size, max(1, min(chunk_size, block_size))
+    return chunk_size, min(chunk_size, block_size)
 
 
 def _block(

@@ -14,12 +14,13 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 
-from distill import models
+from distill import sources
 from distill.callbacks.curriculum import Curriculum
-from distill.callbacks.preflight import counting_nll, single_rows, to_device
+from distill.callbacks.preflight import counting_nll, single_rows
 from distill.errors import UserError
 from distill.metrics import DistillationMetrics
 from distill.objective import Losses
@@ -123,7 +124,7 @@ def check(trainer: L.Trainer, module: Any, datamodule: Any, plan: Plan) -> list[
 
 def _without_weights(source: str) -> str | None:
     """The folder of a source that holds a configuration and no weights."""
-    path = Path(models.resolve(source, "model.teacher"))
+    path = Path(sources.resolve(source, "model.teacher"))
     if not path.is_dir() or any(any(path.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
         return None
     return str(path)
@@ -192,7 +193,7 @@ def _example(this: Check, vocab_size: int) -> None:
 def _measure(this: Check) -> float:
     """What the models make of a few validation rows; returns seconds of forward and backward for one row."""
     module, metrics = this.module, DistillationMetrics().to(this.module.device)
-    rows = (to_device(row, module.device) for row in single_rows(this.datamodule.validation_rows))
+    rows = (move_data_to_device(row, module.device) for row in single_rows(this.datamodule.validation_rows))
     batches = [next(rows)]
     module.curriculum = this.curriculum.state_at(1, 1)  # with every component that the run will have
     with this.trainer.precision_plugin.forward_context():

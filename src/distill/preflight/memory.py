@@ -102,6 +102,8 @@ def engine_bytes(student: PreTrainedModel, teacher: PreTrainedModel | None, shap
     products = [_product_dtype(head, shape) for head in heads]
     widths = [dtype.itemsize if shape.on_cpu else 4 for dtype in products]  # CUDA widens 16-bit products on the fly
     logits = sum(chunk * head.shape[0] * width for head, width in zip(heads, widths, strict=True))
+    if widths[0] != products[0].itemsize:
+        logits += chunk * vocabs[0] * products[0].itemsize  # the gradient of the student's
     buffers = BUFFERS * block * max(vocabs) * 4
     rows = sum(shape.tokens * head.shape[1] * head.element_size() for head in heads)
     casts = sum(

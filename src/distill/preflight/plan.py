@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from distill import models
 from distill.cut import cut_layers
-from distill.precision import teacher_dtype
+from distill.precision import student_dtype, teacher_dtype
 from distill.preflight.live_bytes import Shape, skeleton
 
 GIB = 2**30
@@ -75,9 +75,7 @@ def skeletons(module: Any, precision: str, device: str) -> tuple[Any, Any]:
         device: cpu, cuda, ...
     """
     sources, remote = module.student_sources, module.load_options["trust_remote_code"]
-    whole = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
-    learns = whole.get(precision, torch.float32)
-    frozen = teacher_dtype(module.teacher_dtype, precision, device)
+    learns, frozen = student_dtype(precision), teacher_dtype(module.teacher_dtype, precision, device)
     config = models.load_config(module.teacher_source, trust_remote_code=remote)
     teacher = skeleton(config, frozen, remote)
     if sources["student_layers"] is not None:

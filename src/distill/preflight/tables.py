@@ -9,9 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from distill.breakdown import WEIGHT_KEY
 from distill.callbacks.curriculum import Curriculum
-from distill.curriculum import value_at
+from distill.curriculum import WEIGHT_KEY, value_at
 from distill.preflight.checks import SPECIAL, Vocabulary, knots_of, sparkline
 from distill.preflight.memory import MemoryEstimate
 

@@ -2,7 +2,7 @@
 
 metrics.csv is exact and sparse (every `log_every_n_steps` steps); training.log has the first steps, components of
 weight zero and the validation before training, to four decimals. Both go into the same series, the exact value first.
-Nothing heavy is imported, so that a report of a finished run takes seconds; the price is a second list of components.
+Nothing heavy is imported, so that a report of a finished run takes seconds.
 """
 
 import csv
@@ -16,20 +16,8 @@ import numpy as np
 import yaml
 
 from distill import training_log
+from distill.curriculum import WEIGHT_KEY
 from distill.errors import UserError
-
-# The order of `distill.breakdown.WEIGHT_KEY`, which would import torch.
-COMPONENTS = (
-    "kd_loss",
-    "lm_loss",
-    "routing_feature_matching_loss",
-    "routing_expert_importance_loss",
-    "routing_load_balancing_loss",
-    "routing_attention_alignment_loss",
-    "attention_loss",
-    "layerwise_loss",
-    "contrastive_loss",
-)
 
 
 @dataclass(frozen=True)
@@ -75,7 +63,7 @@ class Run:
 
     def components(self, pattern: str) -> dict[str, Series]:
         """Component -> its series, in listing order; `pattern` is a metric's name with `{}` for the component."""
-        found = {name: self.series.get(pattern.format(name)) for name in COMPONENTS}
+        found = {name: self.series.get(pattern.format(name)) for name in WEIGHT_KEY}
         return {name: series for name, series in found.items() if series is not None}
 
     def setting(self, key: str) -> Any:

@@ -7,12 +7,12 @@ from typing import Literal
 
 import numpy as np
 
-from distill.curriculum import value_at
+from distill.curriculum import WEIGHT_KEY, WEIGHT_KEYS, value_at
 from distill.report.drawing import COLOURS, Chart, Line
-from distill.report.runs import COMPONENTS, Run
+from distill.report.runs import Run
 
-COLOUR = {name: index for index, name in enumerate(COMPONENTS)}
-KEY_COLOUR = {"kd": 0, "lm": 1, "feature": 2, "attention": 5, "layerwise": 7, "contrastive": 8}
+COLOUR = {name: index for index, name in enumerate(WEIGHT_KEY)}
+KEY_COLOUR = {key: list(WEIGHT_KEY.values()).index(key) for key in WEIGHT_KEYS}
 ROUTING = {"gate_entropy": ("Entropy of the gates", "nats"), "mean_gap": ("Gap to the experts", "mean squared error")}
 MEMORY = re.compile(r"memory|allocated_bytes\.all\.peak|/rss", re.IGNORECASE)
 
@@ -284,7 +284,7 @@ def gradients(run: Run, figure: str, title: str, unit: str, **options: object) -
         if found:
             colour = COLOUR.get(found[1], COLOUR.get(f"{found[1]}_loss"))
             lines.append(Line(found[1], series.steps, series.values, colour, (colour or 0) % 3))
-    lines.sort(key=lambda line: len(COMPONENTS) if line.colour is None else line.colour)
+    lines.sort(key=lambda line: len(WEIGHT_KEY) if line.colour is None else line.colour)
     return Chart(title, unit, lines, **options) if lines else None  # type: ignore[arg-type]
 
 

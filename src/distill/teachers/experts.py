@@ -13,7 +13,7 @@ I FFN neurons.
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -112,20 +112,27 @@ class MoeView:
         _, weights_NK, index_NK = call_router(self.router, capture["router_input_TD"].index_select(0, rows_N), k)
         if not mixture:
             return Routed(gates_NE, index_NK)
-        input_ND, experts = capture["input_TD"].index_select(0, rows_N), unsharded(self.experts)
+        input_ND, experts = capture["input_TD"].index_select(0, rows_N), self.whole().experts
         mixture_ND = torch.empty_like(input_ND)
         for part in chunks(len(rows_N), k * self.width * input_ND.element_size()):
             mixture_ND[part] = experts(input_ND[part], index_NK[part], weights_NK[part])
         return Routed(gates_NE, index_NK, mixture_ND)
 
+    def whole(self) -> "MoeView":
+        """The same view with its experts' shards gathered. All ranks must call it equally often: it communicates."""
+        return replace(self, experts=unsharded(self.experts))
+
     @torch.no_grad()
     def outputs(self, capture: Capture, rows_N: Tensor) -> Tensor:
-        """Output of every expert [E, N, D], by the family's own code on E copies of the rows, one expert each."""
+        """Output of every expert [E, N, D], by the family's own code on E copies of the rows, one expert each.
+
+        Of a whole view.
+        """
         input_ND = capture["input_TD"].index_select(0, rows_N)
         copies = input_ND.expand(self.num_experts, *input_ND.shape).reshape(-1, self.width)
         index = torch.arange(self.num_experts, device=rows_N.device).repeat_interleave(len(rows_N))[:, None]
         ones = torch.ones(len(copies), 1, dtype=capture["weights_TK"].dtype, device=rows_N.device)
-        output: Tensor = unsharded(self.experts)(copies, index, ones)
+        output: Tensor = self.experts(copies, index, ones)
         return output.view(self.num_experts, len(rows_N), self.width)
 
     def log_share(self, gates_NE: Tensor) -> Tensor:
@@ -169,10 +176,11 @@ class DenseView:
     @torch.no_grad()
     def route(self, capture: Capture, rows_N: Tensor, k: int, mixture: bool) -> Routed:
         """The k slices with the largest gates and the plain sum of their outputs."""
+        view = self.whole()
         parts = [
-            self._route(capture, rows_N[part], k, mixture)
+            view._route(capture, rows_N[part], k, mixture)
             for part in chunks(len(rows_N), self.num_experts * self.width * capture["neurons_TI"].element_size())
-        ] or [self._route(capture, rows_N, k, mixture)]
+        ] or [view._route(capture, rows_N, k, mixture)]
         sums = [part.mixture_ND for part in parts if part.mixture_ND is not None]
         return Routed(
             torch.cat([part.gates_NE for part in parts]),
@@ -186,12 +194,16 @@ class DenseView:
         index_NK = gates_NE.topk(k).indices
         return Routed(gates_NE, index_NK, mix(outputs_END, index_NK) if mixture else None)
 
+    def whole(self) -> "DenseView":
+        """The same view with its matrix's shards gathered. All ranks must call it equally often: it communicates."""
+        return replace(self, down=unsharded(self.down))
+
     @torch.no_grad()
     def outputs(self, capture: Capture, rows_N: Tensor) -> Tensor:
-        """Output of every slice [E, N, D]."""
+        """Output of every slice [E, N, D]; of a whole view."""
         neurons_NI = capture["neurons_TI"].index_select(0, rows_N)
         neurons_ENi = neurons_NI.unflatten(1, (self.num_experts, -1)).transpose(0, 1)
-        down = unsharded(self.down)
+        down: Any = self.down
         weight_ID = down.weight if isinstance(down, Conv1D) else down.weight.T
         weight_EiD = weight_ID.unflatten(0, (self.num_experts, -1))
         if down.bias is None:
@@ -252,18 +264,17 @@ def call_router(router: nn.Module, input_ND: Tensor, k: int) -> tuple[Tensor, Te
 
 
 class Recording:
-    """What the views' layers did in the teacher's forward passes inside `with recording:`; nothing where not active.
+    """What the views' layers did in the teacher's forward passes inside `with recording:`.
 
     Hooks exist only inside the block; a second pass inside it overwrites the first.
 
     Args:
         views: the layers to record.
-        active: whether to record at all.
     """
 
-    def __init__(self, views: list[View], active: bool = True) -> None:
-        self.layers: dict[int, Capture] = {view.layer: {} for view in views} if active else {}
-        self._views = views if active else []
+    def __init__(self, views: list[View]) -> None:
+        self.layers: dict[int, Capture] = {view.layer: {} for view in views}
+        self._views = views
         self._handles: list[Any] = []
 
     def __enter__(self) -> "Recording":

@@ -88,7 +88,7 @@ def moe_view(layer: nn.Module, index: int, width: int) -> MoeView | None:
     assert isinstance(block.experts, nn.Module)
     native_k = int(router.top_k)  # type: ignore[arg-type]
     num_experts = num_experts_of(block)
-    trouble = f"teacher: routing losses cannot read the router {type(router).__name__} of layer {index}"
+    trouble = f"model.teacher: routing losses cannot read the router {type(router).__name__} of layer {index}"
     remedy = "its gate would need an adapter in distill/teachers/find_experts.py; leave the routing losses out"
     try:
         weight = next(router.parameters())
@@ -116,7 +116,8 @@ def dense_view(layer: nn.Module, index: int, width: int, num_experts: int, nativ
     found = ffn_block(layer)
     if found is None:
         raise UserError(
-            f"model.teacher: layer {index} ({type(layer).__name__}) has no experts and no FFN that can be sliced"
+            f"model.teacher: layer {index} ({type(layer).__name__}) has no experts and no FFN that can be sliced; "
+            "leave the routing losses out"
         )
     ffn, down = found
     weight = down.weight
@@ -137,7 +138,8 @@ def dense_view(layer: nn.Module, index: int, width: int, num_experts: int, nativ
         handle.remove()
     if not (isinstance(output, Tensor) and len(kept) == 1 and torch.equal(output, kept[0])):
         raise UserError(
-            f"model.teacher: the FFN {type(ffn).__name__} of layer {index} is more than a sum over its neurons"
+            f"model.teacher: the FFN {type(ffn).__name__} of layer {index} is more than a sum over its neurons; "
+            "leave the routing losses out"
         )
     return DenseView(index, down, num_experts, native_k, width)
 
@@ -178,7 +180,7 @@ def find_views(
         ("native_top_k", native_top_k, real.native_k),
     ):
         if asked is not None and asked != has:
-            raise UserError(f"{key}: {asked}, but the teacher's MoE blocks have {has}; leave the key out")
+            raise UserError(f"model.routing.{key}: {asked}, but the teacher's MoE blocks have {has}; leave the key out")
     if real.native_k > real.num_experts:
         raise UserError(
             f"model.routing.native_top_k: {real.native_k} is more than the {real.num_experts} experts; lower it"

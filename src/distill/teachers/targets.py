@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from distill.losses.head import LMHead
+from distill.losses.head import LMHead, logits_dtype, mm_into
 
 _CHUNK_ELEMENTS = 1 << 25  # of logits at a time while sparse targets are made: 128 MiB in fp32
 
@@ -82,8 +82,12 @@ Targets = DenseTargets | TopKTargets | SampledTargets
 
 def teacher_logprobs(targets: DenseTargets, temperature: float, shared_vocab: int) -> Tensor:
     """log p at temperature T over the shared ids, (N, D) -> (N, V); fp32, or fp64 for an fp64 teacher."""
-    logits_NV = targets.head.logits(targets.hidden_ND)[:, :shared_vocab]
-    return torch.log_softmax(logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)) / temperature, dim=-1)
+    hidden_ND, head = targets.hidden_ND, targets.head
+    dtype = logits_dtype(hidden_ND.dtype, hidden_ND.device)
+    logits_NV = hidden_ND.new_empty(len(hidden_ND), head.vocab_size, dtype=dtype)
+    mm_into(logits_NV, hidden_ND, head.weight.T)
+    logits_NV = head.finish_(logits_NV.to(torch.promote_types(dtype, torch.float32)))[:, :shared_vocab]
+    return torch.log_softmax(logits_NV / temperature, dim=-1)
 
 
 def _chunked(targets: DenseTargets) -> list[DenseTargets]:
