@@ -271,7 +271,9 @@ def side_by_side(arms: tuple[str, str]) -> list[dict[str, list[float]]]:
         running = []
         for arm, output in zip(arms, outputs, strict=True):
             command = [sys.executable, __file__, "--arm", arm]
-            running.append(stack.enter_context(subprocess.Popen(command, stdout=output, stderr=output)))
+            # In sessions of their own: a terminal that goes away hangs up groups with a stopped process in them.
+            process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+            running.append(stack.enter_context(process))
             stack.callback(running[-1].kill)
             stopped(running[-1])  # with its models loaded
         while any(process.returncode is None for process in running):
