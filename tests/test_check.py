@@ -190,6 +190,7 @@ def test_warm_up_that_outlasts_the_run_is_named():
         ({"devices": 8, "strategy": "fsdp2", "accelerator": "gpu"}, (8, True, True)),
         ({"devices": [0, 1], "num_nodes": 2, "accelerator": "cpu"}, (4, False, False)),
         ({"devices": "auto", "accelerator": "cpu"}, (1, False, False)),
+        ({"devices": "0,1", "accelerator": "gpu"}, (2, False, True)),
     ],
 )
 def test_devices_are_those_that_the_trainer_asks_for(trainer, expected):
@@ -229,6 +230,17 @@ def test_check_without_weights_passes_a_healthy_configuration(healthy, distill, 
     assert "Nothing suspicious." in shown
     assert "ddp x 4" in shown
     assert "fsdp2 x 4" in shown
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_steps_are_those_of_the_planned_devices(healthy, distill, capsys, devices):
+    healthy["data"] |= {"max_sequences": 64, "per_device_batch_size": 4}
+    healthy["trainer"] |= {"devices": devices, "max_steps": -1, "max_epochs": 3, "val_check_interval": "00:00:30:00"}
+    healthy["trainer"]["accumulate_grad_batches"] = 2
+    distill("check", healthy, "--weights", "false")
+    shown = capsys.readouterr().out
+    assert f"; {3 * 64 // (4 * 2 * devices)} steps: " in shown
+    assert "the run reads them 3.00 times" in shown
 
 
 def test_check_compares_with_a_device(healthy, distill, capsys):

@@ -521,6 +521,23 @@ def test_metrics_alone(tmp_path):
     assert names(diagnose(str(tmp_path))) == []
 
 
+@pytest.mark.parametrize(
+    ("ratio", "first", "rate_of"),
+    [
+        (0.0, 180, lambda step: 1e-3 * (1 - step / 220)),  # resumed, so that the peak is not to be seen
+        (0.5, 0, lambda step: 1e-3 * (0.5 + 0.5 * (1 - step / 200))),
+    ],
+)
+def test_a_rate_that_ends_high_for_a_reason_is_in_order(tmp_path, ratio, first, rate_of):
+    rows = [f"0,{step},{3 - step / 200},{rate_of(step)},2.0" for step in range(first + 2, 200, 2)]
+    header = "epoch,step,train/kd_loss,train/lr,val/kl_div_T1\n"
+    (tmp_path / "metrics.csv").write_text(header + "\n".join(rows) + "\n")
+    options = f"model: {{warmup_steps: 0, min_learning_rate_ratio: {ratio}}}\n"
+    (tmp_path / "config.yaml").write_text("trainer: {max_steps: 200}\n" + options)
+    assert "schedule horizon" not in names(diagnose(str(tmp_path)))
+    assert ("loss flat" in names(diagnose(str(tmp_path)))) == (first == 0)  # resumed runs are not judged
+
+
 # The command
 
 

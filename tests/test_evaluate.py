@@ -117,11 +117,13 @@ def test_any_model_on_any_text(run, assets, tmp_path):
     assert report["measured_on"]["rows"] == rows
     assert report["measured_on"]["tokens"] == tokens - rows  # a row's first token has no label
     assert report["models"]["student"]["kl_div_T1"] > 0
+    whole = evaluate(run[0], text=str(text), data={"sequence_length": 32})  # whatever the run validated on
+    assert whole["measured_on"]["rows"] == rows
 
 
 def test_command_prints_a_table_or_json(run, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    assert command.main([run[0], "--baseline", f"itself={run[0]}", "--data.max_validation_sequences", "2"]) == 0
+    assert command.main(["--data.max_validation_sequences", "2", run[0], "--baseline", f"itself={run[0]}"]) == 0
     out = capsys.readouterr().out
     for line in (
         "NLL (nats per token)",

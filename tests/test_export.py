@@ -152,7 +152,6 @@ def test_refusals_name_value_and_remedy(run, tmp_path, exported):
     old = torch.load(run[0], weights_only=True)
     newer = old | {"distill": old["distill"] | {"format": 99}}
     torch.save(newer, tmp_path / "newer.ckpt")
-    torch.save(old | {"distill": {k: old["distill"][k] for k in ("format", "settings")}}, tmp_path / "old.ckpt")
     sharded, ran = tmp_path / "sharded", tmp_path / "ran"
     (ran / "checkpoints").mkdir(parents=True)
     (ran / "checkpoints" / "last.ckpt").touch()
@@ -162,7 +161,6 @@ def test_refusals_name_value_and_remedy(run, tmp_path, exported):
         (cut, "truncated or no checkpoint"),
         (foreign, "no checkpoint of distill"),
         (tmp_path / "newer.ckpt", "format 99 is newer than 1: update"),
-        (tmp_path / "old.ckpt", "resume its run"),
         (tmp_path / "none.ckpt", "does not exist"),
         (sharded, "sharded checkpoint; make one file of it with"),
         (ran, "a run's directory; give one of its checkpoints: last.ckpt"),

@@ -150,6 +150,68 @@ def test_a_signal_writes_a_checkpoint_that_resumes_exactly(distill, small, monke
     assert_same(weights_of(last_of(distill("fit", small, "--ckpt_path", "last"))), unbroken)
 
 
+def test_a_signal_in_the_last_validation_finds_the_weights_on_disk(distill, small, monkeypatch):
+    true, found = DistillationModule.validation_step, []
+
+    def kill(self, batch, batch_idx):
+        if self.trainer.global_step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+            found.append(list(Path(self.trainer.log_dir, "checkpoints").glob("last.ckpt")))
+        return true(self, batch, batch_idx)
+
+    small["data"]["max_validation_sequences"] = 12
+    small["trainer"]["val_check_interval"] = 6
+    monkeypatch.setattr(DistillationModule, "validation_step", kill)
+    cli = distill("fit", small)
+    assert [len(files) for files in found] == [0, 1, 1], "after the first batch"
+    assert cli.trainer.global_step == 6
+
+
+def test_a_refused_run_leaves_the_directory_that_another_has_taken(distill, small, tmp_path, monkeypatch):
+    taken = tmp_path / "lightning_logs" / "version_0"
+
+    def refuse(self):
+        taken.mkdir(parents=True, exist_ok=True)
+        (taken / "config.yaml").write_text("model: {}")
+        raise UserError("model.student: refused")
+
+    monkeypatch.setattr(DistillationModule, "configure_model", refuse)
+    with pytest.raises(UserError, match="refused"):
+        distill("fit", small)
+    assert (taken / "config.yaml").read_text() == "model: {}"
+
+
+@pytest.mark.parametrize("score", [0.0, 99.0])
+def test_the_best_before_a_resume_is_the_one_to_beat(distill, small, score):
+    """A resumed run has a directory of its own; Lightning alone would call its first validation the best."""
+    del small["checkpoint"]
+    small["trainer"]["val_check_interval"] = 2
+    first = distill("fit", small)
+    (best,) = Path(first.trainer.log_dir, "checkpoints").glob("step=*.ckpt")
+    earlier = last_of(first).with_name("previous.ckpt")
+    content = torch.load(earlier, weights_only=True)
+    (state,) = (value for key, value in content["callbacks"].items() if key.startswith("ModelCheckpoint"))
+    value = torch.tensor(score)
+    state |= {"best_model_score": value, "kth_value": value, "best_k_models": {str(best): value}}
+    state |= {"best_model_path": str(best), "kth_best_model_path": str(best)}
+    write(content, earlier)
+    resumed = distill("fit", small, "--ckpt_path", str(earlier))
+    anew = list(Path(resumed.trainer.log_dir, "checkpoints").glob("step=*.ckpt"))
+    assert [str(path) for path in anew or [best]] == [resumed.trainer.checkpoint_callback.best_model_path]
+    assert bool(anew) == (score > 1)
+    assert best.exists()
+
+
+def test_losses_are_logged_after_a_resume_with_another_validation_interval(distill, small):
+    """The loggers' step of Lightning stays one behind where it finds no validation at the checkpoint's place."""
+    small["trainer"] |= {"max_steps": 8, "val_check_interval": 4, "log_every_n_steps": 1}
+    earlier = last_of(distill("fit", small)).with_name("previous.ckpt")
+    resumed = distill("fit", small, "--ckpt_path", str(earlier), "--trainer.val_check_interval", "8")
+    with Path(resumed.trainer.log_dir, "metrics.csv").open() as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file) if row.get("train/loss")]
+    assert steps == [4, 5, 6, 7]
+
+
 def test_a_full_disk_is_one_sentence_and_leaves_the_checkpoint_before(tmp_path):
     """A limit on the size of files does what a full disk does."""
     path = tmp_path / "last.ckpt"

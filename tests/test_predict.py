@@ -76,6 +76,28 @@ def test_chat_template_where_there_is_one(run, assets, monkeypatch):
     assert (bare.teacher, bare.student) == (plain.teacher, plain.student)
 
 
+def test_both_models_decode_by_the_same_rules_with_the_template_of_the_training(run, assets, monkeypatch):
+    """What a model's own generation_config says besides stopping is not used; the run's template options are."""
+    from distill import models
+
+    def peculiar(source, **options):
+        model = load_model(source, **options)
+        model.generation_config.repetition_penalty, model.generation_config.top_k = 50.0, 1
+        return model
+
+    def with_template(source, **options):
+        tokenizer = load_tokenizer(source, **options)
+        tokenizer.chat_template = TEMPLATE + "{{ ending }}"
+        return tokenizer
+
+    load_model, load_tokenizer = models.load_model, models.load_tokenizer
+    plain = next(iter(predict(run, ["user: hello\nmodel: !"], max_new_tokens=8)))
+    monkeypatch.setattr(models, "load_model", peculiar)
+    monkeypatch.setattr(models, "load_tokenizer", with_template)
+    options = {"data": {"chat_template_kwargs": {"ending": " !"}}}
+    assert next(iter(predict(run, ["hello"], max_new_tokens=8, **options))).teacher == plain.teacher
+
+
 def test_draws_repeat_with_their_seed(run):
     def draw(seed):
         return [one.student for one in predict(run, ["for"], temperature=1.0, max_new_tokens=8, seed=seed)]

@@ -4,6 +4,7 @@ The configuration beats the checkpoint; the price is that a differing one must b
 """
 
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,26 @@ from distill.errors import UserError
 FORMAT = 1
 SOURCES = ("model.teacher", "model.student", "model.student_config", "data.tokenizer")  # paths, where they exist
 BINDING = ("model.teacher", "data.tokenizer", "data.packing")  # another one would mean other targets or tokens
+
+
+def settings_of(module: Any) -> dict[str, Any]:
+    """What a DistillationModule's checkpoint is made with, as plain values."""
+    data = getattr(module.trainer, "datamodule", None)
+    losses = {key: getattr(module, key) for key in ("routing", "attention", "layerwise", "contrastive")}
+    options = {key: getattr(module, key) for key in ("kd_loss", "lora")}
+    plain = (
+        "teacher_top_k", "student_layers_by", "learning_rate", "router_learning_rate", "warmup_steps", "weight_decay",
+    )  # fmt: skip
+    return {
+        "model.teacher": module.teacher_source,
+        "data.tokenizer": getattr(data, "tokenizer_source", None) or module.teacher_source,
+        "data.packing": getattr(data, "packing", None),
+        "model.lm_loss": "lm_loss" in module.components,
+        **{f"model.{key}": value for key, value in module.student_sources.items()},
+        **{f"model.{key}": getattr(module, key) for key in plain},
+        **{f"model.{key}": None if value is None else asdict(value) for key, value in options.items()},
+        **{f"model.{key}": None if loss is None else loss.settings() for key, loss in losses.items()},
+    }
 
 
 def describe(settings: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +87,7 @@ def check(checkpoint: dict[str, Any], settings: dict[str, Any], state: dict[str,
     """
     stored = _known(checkpoint, "ckpt_path")
     theirs: dict[str, Any] = stored["settings"]
-    mine, others = settings | folders(settings), theirs | stored.get("folders", folders(theirs))
+    mine, others = settings | folders(settings), theirs | stored["folders"]
     # The same words for a folder elsewhere are the same model, moved; other words for the same folder are, too.
     different = [key for key in settings if settings[key] != theirs.get(key) and mine[key] != others.get(key)]
     for key in BINDING:

@@ -6,7 +6,6 @@ come from a datamodule that counts ahead.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import cached_property
 from typing import Any, Literal
 
@@ -20,7 +19,7 @@ from transformers import PreTrainedModel
 
 from distill import checkpoints, models, students
 from distill.breakdown import LossBreakdown
-from distill.build import build_models
+from distill.build import build_models, check_options
 from distill.callbacks.curriculum import Curriculum
 from distill.callbacks.resume import ExactResume
 from distill.curriculum import WEIGHT_KEY, WEIGHT_KEYS, CurriculumState
@@ -36,7 +35,7 @@ from distill.metrics import DistillationMetrics
 from distill.objective import UNIT, Losses, objective
 from distill.optim import CONFIGURED, adamw, configuration_wins, horizon_of, validate_between_steps, warmup_cosine
 from distill.steps import StepSums, Throughput, peak_memory
-from distill.strategies import check_sharded, check_strategy, local_sum, shard_model, shard_module, whole_norm
+from distill.strategies import check_strategy, local_sum, shard, whole_norm
 from distill.teachers.online import OnlineTeacher, quantize
 
 
@@ -119,58 +118,19 @@ class DistillationModule(L.LightningModule):
         allow_pickle: bool = False,
     ) -> None:
         super().__init__()
-        given = {"student": student, "student_layers": student_layers, "student_config": student_config}
-        chosen = [key for key, value in given.items() if value is not None]
-        if len(chosen) != 1:
-            raise UserError(
-                f"model.student: {len(chosen)} of student, student_layers and student_config are given "
-                f"({', '.join(chosen) or 'none'}): give exactly one"
-            )
-        for key, options, kind in (
-            ("lora", lora, LoRA),
-            ("kd_loss", kd_loss, KDLoss),
-            ("routing", routing, Routing),
-            ("attention", attention, AttentionTransfer),
-            ("layerwise", layerwise, Layerwise),
-            ("contrastive", contrastive, Contrastive),
-        ):
-            if options is not None and not isinstance(options, kind):
-                keys = ", ".join(f"{k}={v!r}" for k, v in options.items()) if isinstance(options, Mapping) else "..."
-                what = f"{options!r} is a {type(options).__name__}"
-                raise UserError(f"model.{key}: {what}; give distill.{kind.__name__}({keys})")
-        others = (routing, attention, layerwise, contrastive)
-        if kd_loss is None and not lm_loss and all(loss is None for loss in others):
-            raise UserError(
-                "model.kd_loss: null with lm_loss false and no other loss leaves nothing to train: give a loss"
-            )
-        if torch_compile and any(loss is not None for loss in others):
-            raise UserError(
-                "model.torch_compile: true with losses on layers (routing, attention, layerwise, contrastive), which "
-                "watch them from outside: set it to false or leave those losses out"
-            )
-        for key, rate in (("learning_rate", learning_rate), ("router_learning_rate", router_learning_rate)):
-            if rate is not None and not rate > 0:
-                raise UserError(f"model.{key}: {rate} must be above 0")
-        for key, least in (("warmup_steps", warmup_steps), ("weight_decay", weight_decay)):
-            if least < 0:
-                raise UserError(f"model.{key}: {least} must be at least 0")
-        if isinstance(teacher_top_k, int) and teacher_top_k < 1:
-            raise UserError(f"model.teacher_top_k: {teacher_top_k} must be at least 1, native or all")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise UserError(f"model.betas: {list(betas)} must lie in [0, 1)")
-        if not 0 <= min_learning_rate_ratio <= 1:
-            raise UserError(f"model.min_learning_rate_ratio: {min_learning_rate_ratio} must lie in [0, 1]")
-        if chunk_size is not None and chunk_size < 1:
-            raise UserError(f"model.chunk_size: {chunk_size} must be at least 1 (null = by a byte budget)")
         self.teacher_source = teacher
-        self.student_sources: dict[str, Any] = given
+        self.student_sources: dict[str, Any] = {
+            "student": student,
+            "student_layers": student_layers,
+            "student_config": student_config,
+        }
         self.student_layers_by = student_layers_by
         self.lora = lora
         self.kd_loss = kd_loss
         self.routing = routing
         self.attention, self.layerwise, self.contrastive = attention, layerwise, contrastive
         self.learning_rate = learning_rate
-        self.router_learning_rate = router_learning_rate or learning_rate
+        self.router_learning_rate = learning_rate if router_learning_rate is None else router_learning_rate
         self.weight_decay = weight_decay
         self.betas = betas
         self.warmup_steps = warmup_steps
@@ -183,6 +143,7 @@ class DistillationModule(L.LightningModule):
         self.chunk_size = chunk_size
         self.load_options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
 
+        check_options(self, lm_loss)
         configured = {"kd_loss": kd_loss is not None, "lm_loss": lm_loss}
         configured |= dict.fromkeys(routing.components if routing else [], True)
         configured |= {loss.component: True for loss in self.features}
@@ -241,12 +202,7 @@ class DistillationModule(L.LightningModule):
         if self.teacher_quantization is not None:
             quantize(teacher)
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            mesh = self.trainer.strategy.device_mesh["data_parallel"]
-            shard_model(teacher, mesh)
-            shard_model(self.student, mesh)
-            for module in self.auxiliaries:
-                shard_module(module, mesh)
-            check_sharded(self)
+            shard(self, teacher)
         if self.torch_compile:
             self.student.get_decoder().compile()
             teacher.get_decoder().compile()
@@ -468,34 +424,11 @@ class DistillationModule(L.LightningModule):
 
     # Checkpoints
 
-    def settings(self) -> dict[str, Any]:
-        """What a checkpoint was made with, as plain values."""
-        data = getattr(self.trainer, "datamodule", None)
-        return {
-            "model.teacher": self.teacher_source,
-            "data.tokenizer": getattr(data, "tokenizer_source", None) or self.teacher_source,
-            "data.packing": getattr(data, "packing", None),
-            "model.teacher_top_k": self.teacher_top_k,
-            **{f"model.{key}": value for key, value in self.student_sources.items()},
-            "model.kd_loss": asdict(self.kd_loss) if self.kd_loss is not None else None,
-            "model.student_layers_by": self.student_layers_by,
-            "model.lora": asdict(self.lora) if self.lora is not None else None,
-            "model.lm_loss": "lm_loss" in self.components,
-            "model.routing": self.routing.settings() if self.routing is not None else None,
-            "model.attention": self.attention.settings() if self.attention is not None else None,
-            "model.layerwise": self.layerwise.settings() if self.layerwise is not None else None,
-            "model.contrastive": self.contrastive.settings() if self.contrastive is not None else None,
-            "model.learning_rate": self.learning_rate,
-            "model.router_learning_rate": self.router_learning_rate,
-            "model.warmup_steps": self.warmup_steps,
-            "model.weight_decay": self.weight_decay,
-        }
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["distill"] = checkpoints.describe(self.settings()) | students.record(self)
+        checkpoint["distill"] = checkpoints.describe(checkpoints.settings_of(self)) | students.record(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoints.check(checkpoint, self.settings(), self.state_dict())
+        checkpoints.check(checkpoint, checkpoints.settings_of(self), self.state_dict())
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:

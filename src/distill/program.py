@@ -58,12 +58,15 @@ OFF = {"gradients"}
 class SaveConfig(SaveConfigCallback):
     """Writes the run's config.yaml once everything was checked; a run refused before its first step leaves nothing."""
 
+    ours = False  # whether the run directory is known to be this run's
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Nothing yet: Lightning's callback would write here, before the models were looked at."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.loggers:
             super().setup(trainer, pl_module, "fit")
+            self.ours = True
         directory = run_directory(trainer)
         if trainer.is_global_zero and directory is not None:
             Path(directory, "environment.yaml").write_text(yaml.safe_dump(environment(trainer), sort_keys=False))
@@ -77,6 +80,8 @@ class SaveConfig(SaveConfigCallback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         fresh = getattr(trainer, "fresh_directory", None)
+        if fresh is not None and not self.ours and Path(fresh, "config.yaml").exists():
+            return  # of another run, which has taken the same number since
         started = trainer.fit_loop.epoch_loop.batch_progress.total.ready
         refused = isinstance(exception, ValueError | MisconfigurationException) and not started
         if refused and fresh is not None and trainer.is_global_zero:

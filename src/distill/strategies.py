@@ -52,6 +52,17 @@ def check_strategy(strategy: Strategy) -> None:
         )
 
 
+def shard(module: Any, teacher: PreTrainedModel) -> None:
+    """Shards all of a DistillationModule whose models are built, and its teacher."""
+    mesh = module.trainer.strategy.device_mesh["data_parallel"]
+    shard_model(teacher, mesh)
+    shard_model(module.student, mesh)
+    for auxiliary in module.auxiliaries:
+        if any(True for _ in auxiliary.parameters()):
+            fully_shard(auxiliary, mesh=mesh, reshard_after_forward=True)  # used through its forward, as one group
+    check_sharded(module)
+
+
 def shard_model(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     """Shards a causal language model, layer by layer, in place; tied weights stay tied."""
     decoder, embedding, head = model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()
@@ -64,12 +75,6 @@ def shard_model(model: PreTrainedModel, mesh: DeviceMesh) -> None:
         head.weight = embedding.weight
     if not isinstance(head.weight, DTensor) or getattr(head, "bias", None) is not None:
         fully_shard(head, mesh=mesh)
-
-
-def shard_module(module: nn.Module | None, mesh: DeviceMesh) -> None:
-    """Shards an auxiliary module that is used through its forward, as one group."""
-    if module is not None and any(True for _ in module.parameters()):
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
 def check_sharded(module: nn.Module) -> None:

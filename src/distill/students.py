@@ -159,10 +159,6 @@ def load_student(
         return Student(loaded, models.load_tokenizer(tokenizer or source, key=key, **options), {})
     checkpoint = checkpoints.read(source, key)
     described = checkpoint["distill"]
-    if "student" not in described:
-        raise UserError(
-            f"{key}: {source!r} was written before checkpoints described their student; resume its run to write another"
-        )
     words: Any = models.load_tokenizer(
         tokenizer or described["student"]["tokenizer"], key=f"{key}: tokenizer", **options
     )

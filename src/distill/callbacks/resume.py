@@ -1,4 +1,4 @@
-"""A resumed run goes on as if it had never been broken off: random numbers, and a validation that was cut short.
+"""A resumed run goes on as if it had never been broken off: random numbers, a validation that was cut short, the best.
 
 The sampler's place, the curriculum and the optimizer have their own state. The price is a few kilobytes for each rank
 in every checkpoint, gathered when one is written.
@@ -7,16 +7,19 @@ Reads: the generators of torch, Python and numpy, the progress of the validation
 """
 
 import random
+from pathlib import Path
 from typing import Any, final
 
 import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 from lightning.pytorch.loops.loop import _Loop
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from distill.errors import UserError
 
 
 def random_state() -> dict[str, Any]:
@@ -48,6 +51,27 @@ class ExactResume(Callback):
     def __init__(self) -> None:
         self.before_validation: dict[str, Any] | None = None
         self.loaded: dict[str, Any] | None = None
+        self.others: dict[str, Any] = {}  # states of all callbacks in the checkpoint
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """Refuses nodes that would go on from different places, since each one looks for the checkpoint by itself.
+
+        Raises:
+            UserError: this process has not found the first one's checkpoint.
+        """
+        mine = None if trainer.ckpt_path is None else str(trainer.ckpt_path)
+        first = trainer.strategy.broadcast(mine)
+        if mine != first:
+            raise UserError(
+                f"ckpt_path: {mine} in process {trainer.global_rank}, {first} in the first one: give a path that all "
+                "nodes see"
+            )
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Keeps the loggers' step equal to the optimizer's; Lightning loses one where a checkpoint lies at a validation
+        that the resumed run would not make there.
+        """
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.before_validation = random_state()
@@ -55,9 +79,26 @@ class ExactResume(Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.before_validation = None
 
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self.others = checkpoint.get("callbacks", {})
+
+    def _remember_best(self, trainer: L.Trainer) -> None:
+        """The earlier run's best checkpoints stay the ones to beat; Lightning forgets those of another directory."""
+        for callback in trainer.checkpoint_callbacks:
+            state = self.others.get(callback.state_key, {})
+            kept = state.get("best_k_models")
+            if not isinstance(callback, ModelCheckpoint) or callback.best_k_models or not kept:
+                continue
+            if all(Path(path).exists() for path in kept):
+                for name in ("best_model_score", "kth_best_model_path", "kth_value", "best_k_models"):
+                    setattr(callback, name, state[name])
+                score = f"{callback.monitor} {float(state['best_model_score']):.4f}"
+                rank_zero_info(f"Best checkpoint so far, with {score}: {state['best_model_path']}")
+
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if self.loaded is None:
             return
+        self._remember_best(trainer)
         if self.loaded["in_validation"]:  # Lightning would take it for done, or do the rest of it alone
             loop = trainer.fit_loop.epoch_loop.val_loop
             loop.batch_progress.reset_on_run()

@@ -21,13 +21,19 @@ class Parser(argparse.ArgumentParser):
         Raises:
             UserError: an unknown or incomplete argument.
         """
-        known, rest = self.parse_known_args(arguments)
         data: dict[str, Any] = {}
-        while rest:
-            key, sign, value = rest.pop(0).partition("=")
-            if not key.startswith("--data.") or (not sign and not rest):
-                self.error(f"{key}: there is no such argument" if not key.startswith("--data.") else f"{key}: no value")
+        others, rest = [], list(arguments)
+        while rest:  # before argparse, which would take the value for a positional argument
+            if not (argument := rest.pop(0)).startswith("--data."):
+                others.append(argument)
+                continue
+            key, sign, value = argument.partition("=")
+            if not sign and not rest:
+                self.error(f"{key}: no value")
             data[key.removeprefix("--data.")] = _value(value if sign else rest.pop(0))
+        known, unknown = self.parse_known_args(others)
+        if unknown:
+            self.error(f"{unknown[0].partition('=')[0]}: there is no such argument")
         return vars(known) | ({"data": data} if data else {})
 
 

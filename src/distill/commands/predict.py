@@ -92,7 +92,9 @@ def predict(
     for prompt in prompts:
         if tokenizer.chat_template is not None and chat is not False:
             said = [{"role": "user", "content": prompt}]
-            ids = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=True)["input_ids"]
+            template = {**pair.config.get("data", {}), **(data or {})}.get("chat_template_kwargs") or {}
+            asked = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=True, **template)
+            ids = asked["input_ids"]
         else:
             ids = tokenizer(prompt)["input_ids"]
         tasks.append((prompt, list(ids), ""))
@@ -116,11 +118,15 @@ def _continue(
 
     tokenizer = pair.tokenizer
     drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
+    sides = {"teacher": pair.teacher.model, "student": pair.student.model}
+    stops = {name: model.generation_config.eos_token_id for name, model in sides.items()}
+    for model in sides.values():  # its own penalties and cut-offs would fill what is not set below
+        model.generation_config = GenerationConfig()
     for prompt, ids, text in tasks:
         said = {}
         input_ids_1L = torch.tensor([ids], device=pair.fabric.device)
-        for name, model in (("teacher", pair.teacher.model), ("student", pair.student.model)):
-            stop = model.generation_config.eos_token_id  # chat models name more than the tokenizer does
+        for name, model in sides.items():
+            stop = stops[name]  # chat models name more than the tokenizer does
             settings = GenerationConfig(
                 max_new_tokens=max_new_tokens,
                 eos_token_id=tokenizer.eos_token_id if stop is None else stop,

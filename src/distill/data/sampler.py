@@ -228,7 +228,7 @@ def check_layout(stored: dict[str, Any], now: dict[str, Any], stands: str) -> No
     remedy = ", or from a checkpoint at the end of an epoch" if "epoch" in stands else ""
     for name, value in stored.items():
         if name == "data" and now[name] != value:
-            raise UserError(_other_data(stored.get("read", {}), now["read"], stands, remedy))
+            raise UserError(_other_data(stored["read"], now["read"], stands, remedy))
         if name != "read" and now.get(name) != value:
             raise UserError(
                 f"{name}: {now.get(name)!r}, but the checkpoint {stands} with {value!r}; resume with the same "

@@ -9,6 +9,7 @@ import math
 import sys
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,6 +91,12 @@ class Run:
             return steps
         known = [(b.progress, b.step) for b in self.log.of("CURRICULUM") if b.progress and b.step]
         return round(max(known)[1] / max(known)[0]) if known else None
+
+    @property
+    def begins_late(self) -> bool:
+        """Whether it goes on with an earlier run: its first logged step comes later than its steps lie apart."""
+        points = max((p for name, p in self.metrics.items() if name.startswith("train/")), key=len, default=[])
+        return len(points) > 1 and points[0].step > max(b.step - a.step for a, b in pairwise(points))
 
     @property
     def last_step(self) -> int:

@@ -48,7 +48,7 @@ def horizon(run: Run, name: str, points: list[Point]) -> list[Finding]:
     """Whether the peak comes where warm-up ends and the floor where the run ends."""
     steps, warmup = run.horizon, run.setting("model.warmup_steps")
     accumulation = run.setting("trainer.accumulate_grad_batches") or 1
-    if steps is None or len(points) < 3:
+    if steps is None or len(points) < 3 or run.begins_late:  # whose peak is not to be seen
         return []
     peak = max(points, key=lambda point: (point.value, -point.step))
     floor, last = min(point.value for point in points[points.index(peak) :]), points[-1]
@@ -56,7 +56,9 @@ def horizon(run: Run, name: str, points: list[Point]) -> list[Finding]:
     what = ""
     # Half of the run still above a quarter of the peak at 90 %: every decay in use (cosine, linear, 1 - sqrt) is far
     # below by then (cosine 0.02). A rate that never falls is a constant schedule, which is no fault.
-    if last.step >= 0.9 * steps and 0.25 * peak.value < last.value < peak.value * (1 - 1e-6):
+    lowest = run.setting("model.min_learning_rate_ratio") or 0.0
+    still = (lowest + 0.25 * (1 - lowest)) * peak.value
+    if last.step >= 0.9 * steps and still < last.value < peak.value * (1 - 1e-6):
         what = f"at step {last.step} of {steps} it is still {last.value / peak.value:.0%} of its peak"
     elif last.step >= 0.9 * steps and last is peak and points[0].value < peak.value:
         what = f"it still rises at step {last.step} of {steps}"

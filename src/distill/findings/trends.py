@@ -49,7 +49,7 @@ def loss_flat(run: Run) -> list[Finding]:
     if not validated:
         name = "kd_loss" if "kd_loss" in training and len(temperature) <= 1 else "lm_loss"
         points = [(at, value, f"step {at}: {name} raw {value:.4f}") for at, value in training.get(name, [])]
-    if steps is None or not points or points[-1][0] < max(warmup + ENOUGH, 0.1 * steps):
+    if run.begins_late or steps is None or not points or points[-1][0] < max(warmup + ENOUGH, 0.1 * steps):
         return []
     values = [value for _, value, _ in points]
     if validated:

@@ -146,11 +146,12 @@ def _attach(this: Check) -> int:
         return max(1, trainer.max_steps)
     if this.plan.weights:
         module.configure_model()
-        module.teacher.to(module.device)
+        module.teacher.to(trainer.strategy.root_device)
+    module.to(trainer.strategy.root_device)
     this.curriculum.setup(trainer, module, "fit")
     if trainer.max_epochs is None:  # Lightning's own default, which it sets when fit begins
         trainer.fit_loop.max_epochs = 1000 if trainer.max_steps == -1 else -1
-    horizon = horizon_of(trainer)
+    horizon = _horizon(this)
     if this.plan.weights:
         this.curriculum.on_fit_start(trainer, module)
     this.findings += schedule_findings(module.warmup_steps, horizon, module.learning_rate)
@@ -161,13 +162,27 @@ def _attach(this: Check) -> int:
     return horizon
 
 
+def _epoch_batches(this: Check) -> int:
+    """Micro-batches of an epoch on each of the planned devices."""
+    data, limit = this.datamodule, this.trainer.limit_train_batches
+    batches = math.ceil(data.train_dataloader().steps.rows / (data.per_device_batch_size * this.plan.devices))
+    return min(limit, batches) if isinstance(limit, int) else int(batches * limit)
+
+
+def _horizon(this: Check) -> int:
+    """Optimizer steps on the planned devices; the trainer here has one."""
+    trainer, here = this.trainer, horizon_of(this.trainer)
+    if this.plan.devices == 1 or this.datamodule.train_rows is None or trainer.max_epochs in (None, -1):
+        return here
+    steps = trainer.max_epochs * math.ceil(_epoch_batches(this) / trainer.accumulate_grad_batches)
+    return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
+
+
 def _validates(this: Check) -> None:
     """Refuses a run on the planned devices that Lightning would refuse: one that never validates within an epoch."""
-    trainer, data = this.trainer, this.datamodule
-    batches = math.ceil(data.train_dataloader().steps.rows / (data.per_device_batch_size * this.plan.devices))
-    limit = trainer.limit_train_batches
-    batches = min(limit, batches) if isinstance(limit, int) else int(batches * limit)
-    check_validation_interval(trainer.val_check_interval, batches)
+    interval = getattr(this.trainer, "val_check_interval", None)  # not there where it is by the clock
+    if interval is not None:
+        check_validation_interval(interval, _epoch_batches(this))
 
 
 def _vocabularies(this: Check, teacher: Any, student: Any) -> None:

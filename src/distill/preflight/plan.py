@@ -48,6 +48,8 @@ class Plan:
         sharded = strategy == "fsdp2" or isinstance(strategy, ModelParallelStrategy)
         accelerated = accelerator != "cpu" and (accelerator != "auto" or torch.cuda.is_available())
         devices = trainer.get("devices") or "auto"
+        if isinstance(devices, str) and "," in devices:
+            devices = [index for index in devices.split(",") if index.strip()]
         if isinstance(devices, list):
             count = len(devices)
         elif devices in ("auto", -1, "-1"):
