@@ -150,23 +150,6 @@ def test_a_signal_writes_a_checkpoint_that_resumes_exactly(distill, small, monke
     assert_same(weights_of(last_of(distill("fit", small, "--ckpt_path", "last"))), unbroken)
 
 
-def test_a_signal_in_the_last_validation_finds_the_weights_on_disk(distill, small, monkeypatch):
-    true, found = DistillationModule.validation_step, []
-
-    def kill(self, batch, batch_idx):
-        if self.trainer.global_step == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-            found.append(list(Path(self.trainer.log_dir, "checkpoints").glob("last.ckpt")))
-        return true(self, batch, batch_idx)
-
-    small["data"]["max_validation_sequences"] = 12
-    small["trainer"]["val_check_interval"] = 6
-    monkeypatch.setattr(DistillationModule, "validation_step", kill)
-    cli = distill("fit", small)
-    assert [len(files) for files in found] == [0, 1, 1], "after the first batch"
-    assert cli.trainer.global_step == 6
-
-
 def test_a_refused_run_leaves_the_directory_that_another_has_taken(distill, small, tmp_path, monkeypatch):
     taken = tmp_path / "lightning_logs" / "version_0"
 

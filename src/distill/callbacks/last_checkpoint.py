@@ -75,11 +75,8 @@ class LastCheckpoint(Checkpoint):
         self._stop(trainer)
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any, **kwargs: Any) -> None:
-        """Does not wait for the end of a long validation, which a resumed run begins again.
-
-        The last validation goes on, since a finished run would not be resumed; but its weights are on disk.
-        """
-        if self._is_fitting(trainer):
+        """Does not wait for the end of a long validation, which a resumed run begins again."""
+        if self._is_fitting(trainer) and trainer.global_step < self.horizon:  # a finished run won't validate again
             self._agree()
             if self.stop:
                 self._save(trainer)
