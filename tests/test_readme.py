@@ -102,4 +102,6 @@ def test_every_recipe_is_checked(assets, tmp_path, recipe):
     flags = [] if recipe == "quickstart.yaml" else stand_ins(assets, tmp_path, recipe)
     shown = run(tmp_path, "check", "--config", str(ROOT / "configs" / recipe), *flags, codes=(1 if flags else 0,))
     suspicious = [line for line in shown.splitlines() if line.startswith("Suspicious:")]
-    assert all("perplexity" in line or "eos_token_id" in line for line in suspicious)  # the stand-ins are random
+    # The stand-ins are random, and this machine may have no units for a recipe's precision.
+    expected = ("perplexity", "eos_token_id", "trainer.precision")
+    assert all(any(word in line for word in expected) for line in suspicious), suspicious
