@@ -276,37 +276,25 @@ class Routing(nn.Module):
     ) -> Routed:
         """Routing of rows R of the batch, `valid_N` of which are valid tokens: the teacher's own, or student-aware."""
         with torch.autocast(rows_R.device.type, enabled=False):  # as in the teacher's own forward pass
-            return self._routed(view, capture, rows_R, valid_N, projected_RD, k, mixture)
-
-    def _routed(
-        self,
-        view: View,
-        capture: Capture,
-        rows_R: Tensor,
-        valid_N: Tensor,
-        projected_RD: Tensor | None,
-        k: int,
-        mixture: bool,
-    ) -> Routed:
-        if self.tau == math.inf or projected_RD is None:
-            return view.route(capture, rows_R, k, mixture)
-        if self.token_subset is None:
-            routed = student_aware_route(view, capture, rows_R, projected_RD, k, self.tau)
-            assert routed.gap_NK is not None
-            return replace(routed, gap_NK=routed.gap_NK.index_select(0, valid_N))
-        some_S = valid_N[:: max(1, math.ceil(len(valid_N) / self.token_subset))]
-        own = view.route(capture, rows_R, k, mixture)
-        aware = student_aware_route(
-            view, capture, rows_R.index_select(0, some_S), projected_RD.index_select(0, some_S), k, self.tau
-        )
-        assert own.mixture_ND is not None
-        assert aware.mixture_ND is not None
-        return Routed(
-            own.gates_NE,
-            own.index_NK.index_copy(0, some_S, aware.index_NK),
-            own.mixture_ND.index_copy(0, some_S, aware.mixture_ND.to(own.mixture_ND.dtype)),
-            aware.gap_NK,
-        )
+            if self.tau == math.inf or projected_RD is None:
+                return view.route(capture, rows_R, k, mixture)
+            if self.token_subset is None:
+                routed = student_aware_route(view, capture, rows_R, projected_RD, k, self.tau)
+                assert routed.gap_NK is not None
+                return replace(routed, gap_NK=routed.gap_NK.index_select(0, valid_N))
+            some_S = valid_N[:: max(1, math.ceil(len(valid_N) / self.token_subset))]
+            own = view.route(capture, rows_R, k, mixture)
+            aware = student_aware_route(
+                view, capture, rows_R.index_select(0, some_S), projected_RD.index_select(0, some_S), k, self.tau
+            )
+            assert own.mixture_ND is not None
+            assert aware.mixture_ND is not None
+            return Routed(
+                own.gates_NE,
+                own.index_NK.index_copy(0, some_S, aware.index_NK),
+                own.mixture_ND.index_copy(0, some_S, aware.mixture_ND.to(own.mixture_ND.dtype)),
+                aware.gap_NK,
+            )
 
     def _experts_per_token(self, top_k_experts: int | None) -> int:
         if top_k_experts is None:
