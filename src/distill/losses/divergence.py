@@ -231,7 +231,7 @@ def divergence_rows_(
     match kd.effective:
         case "forward_kl":
             value = log_p.sub_(log_q).mul_(p).sum(-1)
-            return value, q.sub_(p) if gradient else None
+            return value, torch.sub(q, p, out=log_q) if gradient else None
         case "reverse_kl":
             log_q.sub_(log_p)
             value = torch.mul(q, log_q, out=log_p).sum(-1)

@@ -1,8 +1,8 @@
 """The element-wise part of the loss engine: a few rows of logits in, values per row and gradients out.
 
-Everything works in place in a handful of buffers that are small enough to stay in a CPU's cache; the price is that each
-function says which buffers it fills and which of its arguments it overwrites. Gradients are with respect to the
-student's finished logits (head's bias, scale and soft-cap applied) divided by T.
+Everything works in place, in the logits themselves and in a handful of buffers that are small enough to stay in a
+CPU's cache; the price is that each function says which buffers it fills and which of its arguments it overwrites.
+Gradients are with respect to the student's finished logits (head's bias, scale and soft-cap applied) divided by T.
 
 Shapes: R rows, V vocabulary of one model, S shared vocabulary, K kept or drawn ids.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from distill.losses.divergence import LOG_FLOOR, KDLoss, divergence_rows_
 from distill.teachers.targets import SampledTargets, TopKTargets
 
-BUFFERS = 7  # 0 to 4 for the functions here, 5 and 6 for logits that must be widened first
+BUFFERS = 7  # 0 to 4 for the functions here and the soft-cap, 5 and 6 for logits that must be widened first
 
 
 class Buffers:
@@ -34,37 +34,33 @@ class Buffers:
         return self._flat[number][: rows * width].view(rows, width)
 
 
-def log_softmax_into(logits_RV: Tensor, temperature: float, logprobs_RV: Tensor, probs_RV: Tensor) -> None:
-    """log softmax(logits / T) and its exponential, written to the last two arguments; -inf becomes the floor."""
-    torch.sub(logits_RV, logits_RV.amax(-1, keepdim=True), out=logprobs_RV)
-    logprobs_RV.clamp_min_(LOG_FLOOR)
+def log_softmax_(logits_RV: Tensor, temperature: float, probs_RV: Tensor) -> Tensor:
+    """log softmax(logits / T) in place of the logits, its exponential in `probs_RV`; -inf becomes the floor."""
+    logits_RV.sub_(logits_RV.amax(-1, keepdim=True)).clamp_min_(LOG_FLOOR)
     if temperature != 1:
-        logprobs_RV.mul_(1 / temperature)
-    torch.exp(logprobs_RV, out=probs_RV)
-    total_R1 = probs_RV.sum(-1, keepdim=True)
-    logprobs_RV.sub_(total_R1.log())
-    probs_RV.div_(total_R1)
+        logits_RV.mul_(1 / temperature)
+    torch.softmax(logits_RV, -1, out=probs_RV)
+    return logits_RV.add_(probs_RV.amax(-1, keepdim=True).log_())  # the largest logit is 0, so this is -log of the sum
 
 
 def dense_rows(
     kd: KDLoss, student_RS: Tensor, teacher_RS: Tensor, temperature: float, buffers: Buffers, gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Divergence from a whole teacher distribution, 2 x (R, S) -> (R), (R, S). Fills buffers 0 to 4.
+    """Divergence from a whole teacher distribution, 2 x (R, S) -> (R), (R, S). Fills buffers 0 to 2.
 
     Args:
         kd: which divergence.
-        student_RS: logits over the shared ids.
-        teacher_RS: logits over the shared ids.
+        student_RS: logits over the shared ids; overwritten.
+        teacher_RS: logits over the shared ids; overwritten.
         temperature: T.
-        buffers: five.
+        buffers: three.
         gradient: whether to compute the second value.
 
     Returns:
-        Value per row in nats, without T^2, and gradient in one of the buffers.
+        Value per row in nats, without T^2, and gradient: in place of the student's logits, if that costs no copy.
     """
-    log_q, q, log_p, p, mixture = (buffers.get(i, *student_RS.shape) for i in range(5))
-    log_softmax_into(student_RS, temperature, log_q, q)
-    log_softmax_into(teacher_RS, temperature, log_p, p)
+    q, p, mixture = (buffers.get(i, *student_RS.shape) for i in range(3))
+    log_q, log_p = log_softmax_(student_RS, temperature, q), log_softmax_(teacher_RS, temperature, p)
     return divergence_rows_(kd, log_q, log_p, q, p, mixture, gradient)
 
 
@@ -100,14 +96,14 @@ def top_k_rows(
 def sampled_rows(
     student_RS: Tensor, targets: SampledTargets, temperature: float, buffers: Buffers, gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Unbiased estimate of the forward KL from draws, (R, S) -> (R), (R, S). Fills buffers 0 and 1.
+    """Unbiased estimate of the forward KL from draws, (R, S) -> (R), (R, S). Fills buffer 0, overwrites the logits.
 
     Formula: sum_k count_k / N (-log q_k) - H(p)
 
     Args and returns as in `dense_rows`; `targets` are those of the rows.
     """
-    log_q, q = buffers.get(0, *student_RS.shape), buffers.get(1, *student_RS.shape)
-    log_softmax_into(student_RS, temperature, log_q, q)
+    q = buffers.get(0, *student_RS.shape)
+    log_q = log_softmax_(student_RS, temperature, q)
     share_RK = targets.counts_NS.to(q.dtype)
     share_RK = share_RK / share_RK.sum(-1, keepdim=True)
     value_R = -(share_RK * log_q.gather(1, targets.ids_NS)).sum(-1) - targets.entropy_N.to(q.dtype)
@@ -117,15 +113,10 @@ def sampled_rows(
 def nll_rows(logits_RV: Tensor, labels_R: Tensor, room_RV: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
     """Next-token cross-entropy at T = 1, (R, V) -> (R), (R, V), the gradient written to `room_RV`."""
     labels_R1 = labels_R[:, None]
-    max_R1 = logits_RV.amax(-1, keepdim=True)
-    torch.sub(logits_RV, max_R1, out=room_RV)
-    label_R = room_RV.gather(1, labels_R1)[:, 0]
-    total_R = room_RV.exp_().sum(-1)
-    value_R = total_R.log() - label_R
-    if not gradient:
-        return value_R, None
-    room_RV.div_(total_R[:, None])
-    return value_R, room_RV.scatter_add_(1, labels_R1, torch.full_like(max_R1, -1.0))
+    torch.softmax(logits_RV, -1, out=room_RV)
+    max_R1, log_max_R1 = logits_RV.amax(-1, keepdim=True), room_RV.amax(-1, keepdim=True).log_()
+    value_R = (max_R1 - logits_RV.gather(1, labels_R1) - log_max_R1)[:, 0]  # the label's own probability may be 0
+    return value_R, room_RV.scatter_add_(1, labels_R1, torch.full_like(max_R1, -1.0)) if gradient else None
 
 
 def statistics_rows(
@@ -143,8 +134,7 @@ def statistics_rows(
     Returns:
         Name -> value per row: those of `TokenStats`, and `confidence` and `correct` of the student's first choice.
     """
-    log_q, q = buffers.get(0, *student_RV.shape), buffers.get(1, *student_RV.shape)
-    log_softmax_into(student_RV, 1.0, log_q, q)
+    log_q, q = _log_softmax(student_RV, buffers, 0)
     confidence_R, choice_R = q.max(-1)
     rows = {
         "student_nll": -log_q.gather(1, labels_R[:, None])[:, 0],
@@ -152,15 +142,12 @@ def statistics_rows(
         "correct": (choice_R == labels_R).to(q.dtype),
     }
     if teacher_RV is not None:
-        log_p, p = buffers.get(2, *teacher_RV.shape), buffers.get(3, *teacher_RV.shape)
-        log_softmax_into(teacher_RV, 1.0, log_p, p)
+        log_p, p = _log_softmax(teacher_RV, buffers, 2)
         rows["teacher_nll"] = -log_p.gather(1, labels_R[:, None])[:, 0]
         if shared < teacher_RV.shape[1]:
-            log_p, p = buffers.get(2, *teacher_RV[:, :shared].shape), buffers.get(3, *teacher_RV[:, :shared].shape)
-            log_softmax_into(teacher_RV[:, :shared], 1.0, log_p, p)
+            log_p, p = _log_softmax(teacher_RV[:, :shared], buffers, 2)
     if shared < student_RV.shape[1]:
-        log_q, q = buffers.get(0, *student_RV[:, :shared].shape), buffers.get(1, *student_RV[:, :shared].shape)
-        log_softmax_into(student_RV[:, :shared], 1.0, log_q, q)
+        log_q, q = _log_softmax(student_RV[:, :shared], buffers, 0)
     rows["student_entropy"] = -q.mul_(log_q).sum(-1)
     if teacher_RV is not None:
         rows["agreement"] = (log_q.argmax(-1) == log_p.argmax(-1)).to(q.dtype)
@@ -169,3 +156,9 @@ def statistics_rows(
         rows["teacher_entropy"] = -torch.mul(p, log_p, out=q).sum(-1)
         rows["kl_div"] = p.mul_(log_p.sub_(log_q)).sum(-1)
     return rows
+
+
+def _log_softmax(logits_RV: Tensor, buffers: Buffers, first: int) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and probabilities at T = 1 in the buffers `first` and `first` + 1."""
+    logprobs_RV, probs_RV = buffers.get(first, *logits_RV.shape), buffers.get(first + 1, *logits_RV.shape)
+    return log_softmax_(logprobs_RV.copy_(logits_RV), 1.0, probs_RV), probs_RV

@@ -205,7 +205,13 @@ def _block(
     found: dict[str, Tensor] = {}
     if task.metrics:
         found |= statistics_rows(student_RV, teacher_RV, labels_R, task.shared_vocab, buffers)
-    kd_grad_RS = lm_grad_RV = None
+    kd_grad_RS = lm_grad_RV = slope_RV = None
+    softcap = student.head.softcap
+    if any(task.needs) and softcap is not None:
+        slope_RV = torch.div(student_RV, softcap, out=buffers.get(3, height, vocab)).square_().neg_().add_(1)
+    if task.lm_weight is not None:
+        learns = any(task.needs) and task.lm_weight > 0
+        found["lm"], lm_grad_RV = nll_rows(student_RV, labels_R, buffers.get(4, height, vocab), learns)
     if task.kd is not None:
         student_RS, learns = student_RV[:, : task.shared_vocab], any(task.needs) and task.kd_factor > 0
         if isinstance(targets, TopKTargets):
@@ -218,28 +224,18 @@ def _block(
                 task.kd, student_RS, teacher_RV[:, : task.shared_vocab], task.temperature, buffers, learns
             )
         found["kd"], kd_grad_RS = result
-    if task.lm_weight is not None:
-        learns = any(task.needs) and task.lm_weight > 0
-        found["lm"], lm_grad_RV = nll_rows(student_RV, labels_R, buffers.get(4, height, vocab), learns)
     if any(task.needs):
-        _combine(gradient_RV, student_RV, kd_grad_RS, lm_grad_RV, task, student.head.softcap)
+        _combine(gradient_RV, kd_grad_RS, lm_grad_RV, slope_RV, task)
     return found
 
 
 def _combine(
-    out_RV: Tensor,
-    student_RV: Tensor,
-    kd_grad_RS: Tensor | None,
-    lm_grad_RV: Tensor | None,
-    task: Task,
-    softcap: float | None,
+    out_RV: Tensor, kd_grad_RS: Tensor | None, lm_grad_RV: Tensor | None, slope_RV: Tensor | None, task: Task
 ) -> None:
-    """Gradient of the head's linear map from those of the two losses; overwrites them and the logits.
+    """Gradient of the head's linear map from those of the two losses and the soft-cap's slope; overwrites the losses'.
 
     The larger of the two factors is left to be applied after the products: so 16-bit gradients keep their range.
     """
-    if softcap is not None:
-        slope_RV = student_RV.div_(softcap).square_().neg_().add_(1)
     lm_weight = task.lm_weight or 0.0
     unit = max(task.kd_factor, lm_weight)
     if lm_grad_RV is not None:
@@ -250,7 +246,8 @@ def _combine(
         assert kd_grad_RS is not None
         total = kd_grad_RS
     width = total.shape[1]
-    if softcap is not None:
+    if slope_RV is not None:
         total.mul_(slope_RV[:, :width])
-    out_RV[:, :width].copy_(total)
+    if not total.is_set_to(out_RV[:, :width]):  # the usual divergences leave theirs where the logits were
+        out_RV[:, :width].copy_(total)
     out_RV[:, width:].zero_()
