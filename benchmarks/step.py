@@ -12,7 +12,6 @@ without bf16 units a step under bf16-mixed takes minutes, so there it is measure
 """
 
 import argparse
-import ctypes
 import json
 import os
 import statistics
@@ -27,6 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
 import torch
+from resident import forget_peak, peak_mb, resident_mb
 from torch import Tensor
 
 from distill.precision import has_units
@@ -48,20 +48,13 @@ def steps_of(precision: str) -> tuple[int, int]:
     return (1, 1) if precision == "bf16-mixed" and not has_units(torch.bfloat16) else (2, 4)
 
 
-def memory_mb(field: str) -> float:
-    """VmRSS or VmHWM of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1e3
-
-
 class Meter:
     """CPU seconds of each step after the warm ones and the peak beyond what is there now."""
 
     def __init__(self, warm: int) -> None:
         self.warm = warm
-        ctypes.CDLL(None).malloc_trim(0)  # what loading has left free does not count as there
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-        self.before_mb = memory_mb("VmRSS")
+        forget_peak()  # what loading has left free does not count as there
+        self.before_mb = resident_mb()
         self.times = [time.process_time()]
 
     def step(self) -> None:
@@ -71,7 +64,7 @@ class Meter:
     def figures(self) -> dict[str, float]:
         """Median seconds, peak MB."""
         seconds = [after - before for before, after in zip(self.times, self.times[1:], strict=False)]
-        return {"s": statistics.median(seconds[self.warm :]), "mb": memory_mb("VmHWM") - self.before_mb}
+        return {"s": statistics.median(seconds[self.warm :]), "mb": peak_mb() - self.before_mb}
 
 
 def through_distill(divergence: str, precision: str) -> dict[str, float]:

@@ -614,15 +614,19 @@ def test_nothing_wanted_costs_nothing():
 
 
 @pytest.mark.parametrize("vocab", [32_000, 151_936, 262_144])
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_a_budget_goes_to_the_chunk_on_any_device(device, vocab):
-    """Buffers of the blocks take a few per cent on CPUs and less than a quarter on devices that want larger ones."""
+@pytest.mark.parametrize(
+    ("device", "threads", "budget", "share"),
+    [("cpu", 1, 256 << 20, 0.95), ("cpu", 64, 256 << 20, 0.7), ("meta", 1, 1 << 30, 0.75)],
+)
+def test_a_budget_goes_to_the_chunk_on_any_device(device, threads, budget, share, vocab, monkeypatch):
+    """Buffers of the blocks take a few per cent on a CPU of few threads, and about a quarter elsewhere."""
     from distill.losses import walk
 
-    budget, share = (256 << 20, 0.95) if device == "cpu" else (1 << 30, 0.75)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     chunk, block = walk.sizes([vocab, vocab], torch.empty(100_000, 0, device=device), torch.float32, None)
     logits, buffers = 2 * chunk * vocab * 4, walk.BUFFERS * block * vocab * 4
     assert share * budget <= logits <= logits + buffers <= budget
+    assert device != "cpu" or block >= min(threads, 8)  # each thread has a row, or at least eight of them
 
 
 def test_statistics_equal_those_of_whole_logits():

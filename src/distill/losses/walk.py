@@ -179,7 +179,10 @@ def sizes(vocabs: list[int], like: Tensor, dtype: torch.dtype, chunk_size: int |
     chunk_bytes, block_bytes = _CHUNK_BYTES_ELSEWHERE, _BLOCK_BYTES_ELSEWHERE
     if like.device.type == "cpu":
         chunk_bytes, block_bytes = _CHUNK_BYTES_CPU, _BLOCK_BYTES_CPU
-    block_size = max(1, block_bytes // (max(vocabs) * dtype.itemsize))
+    row_bytes = max(vocabs) * dtype.itemsize
+    block_size = max(1, block_bytes // row_bytes)
+    if like.device.type == "cpu":  # torch's softmax gives a thread whole rows
+        block_size = max(block_size, min(torch.get_num_threads(), chunk_bytes // (4 * BUFFERS * row_bytes)))
     if chunk_size is None:
         buffers = BUFFERS * block_size * max(vocabs)
         chunk_size = (chunk_bytes // dtype.itemsize - buffers) // sum(vocabs)
