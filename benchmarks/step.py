@@ -264,11 +264,12 @@ def main() -> int:
     for arm, figure in figures.items():
         print(f"{arm:<32}{figure['s']:>8.2f}{figure['s'] / figures['bare']['s']:>8.2f}{figure['mb']:>9.0f}")
     print()
-    if not has_units(torch.bfloat16):
-        print("The bf16 line compares times under the same setting; what bf16 products cost, this CPU cannot tell.")
     short = False
     for name, (ours, other, key, target) in TARGETS.items():
         ratio = statistics.median(a[key] / b[key] for a, b in zip(rounds[ours], rounds[other], strict=True))
+        if ours.endswith(BF16) and not has_units(torch.bfloat16):
+            print(f"{name} {ratio:.3f} not judged: the target is about bf16 products, and some of these were fp32")
+            continue
         short |= ratio > target
         print(f"{name} {ratio:.3f} {target:.2f} {'ok' if ratio <= target else 'short'}")
     return int(short)
