@@ -31,10 +31,9 @@ from rich.console import Console
 from rich.table import Table
 
 import distill.cli
-from distill.callbacks.last_checkpoint import LastCheckpoint
-from distill.checkpoint_files import find_last
-from distill.module import DistillationModule
-from distill.trainer import earlier_runs
+from distill.checkpoints.files import earlier_runs, find_last
+from distill.training.callbacks.last_checkpoint import LastCheckpoint
+from distill.training.module import DistillationModule
 
 KILLS, STEPS, SEED = 20, 60, 0
 
@@ -84,11 +83,11 @@ def plant(where: str, at: int) -> None:
 
 def prepare(folder: Path) -> None:
     """Writes teacher, tokenizer, text and configuration of the run into `folder`."""
+    from tiny import tiny_llama
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     from conftest import VOCABULARY, text_of_stdlib
-    from tiny import tiny_llama
 
     text = text_of_stdlib(20_000)
     (folder / "text.txt").write_text(text)

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill.precision import has_units
+from distill.models.precision import has_units
 
 STUDENT_WIDTH, TEACHER_WIDTH = 576, 1024
 LIMIT_GB = 16
@@ -95,8 +95,9 @@ def loss_of(method: str, divergence: str) -> Callable[[Tensor, Tensor, Tensor, T
             weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=method.endswith("compiled")
         )
         return lambda h, w, th, tw: liger(h, w, th, tw, torch.zeros(len(h), dtype=torch.long))
-    from distill.losses.engine import KDLoss, distillation_loss
-    from distill.losses.head import LMHead
+    from distill.losses.engine.divergence import KDLoss
+    from distill.losses.engine.loss import distillation_loss
+    from distill.models.head import LMHead
     from distill.teachers.targets import DenseTargets
 
     def distill(h: Tensor, w: Tensor, th: Tensor, tw: Tensor) -> Tensor:

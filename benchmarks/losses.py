@@ -24,16 +24,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 import yaml
 
-from distill.callbacks.curriculum import Curriculum
+from distill.commands.quiet import quieten
 from distill.curriculum import WEIGHT_KEY
 from distill.data.datamodule import DistillationDataModule
 from distill.losses.attention import AttentionTransfer
 from distill.losses.contrastive import Contrastive
 from distill.losses.layerwise import Layerwise
 from distill.losses.routing import Routing
-from distill.module import DistillationModule
-from distill.optim import adamw
-from distill.program import DistillTrainer, quieten
+from distill.training.callbacks.curriculum import Curriculum
+from distill.training.module import DistillationModule
+from distill.training.optim import adamw
+from distill.training.trainer import DistillTrainer
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 KD_ONLY, ROUTED, EVERYTHING = "KD only", "KD + LM + four routing losses", "phase 3, everything on"

@@ -56,7 +56,7 @@ def measure(name: str) -> None:
     import datasets  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import distill.program as program
+    import distill.commands.fit as program
 
     baseline_mb = resident_mb()
     path = Path("config.yaml")
@@ -69,9 +69,9 @@ def estimate(name: str) -> float:
     """Peak of a step in MB, from the configuration alone."""
     from distill.data.datamodule import DistillationDataModule
     from distill.losses.routing import Routing
-    from distill.module import DistillationModule
     from distill.preflight.memory import estimate_memory, trace
     from distill.preflight.plan import shape_of, skeletons
+    from distill.training.module import DistillationModule
 
     config = configuration(name)
     if "routing" in config["model"]:

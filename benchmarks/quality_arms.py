@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distill.losses.attention import AttentionTransfer
 from distill.losses.contrastive import Contrastive
-from distill.losses.divergence import KDLoss
+from distill.losses.engine.divergence import KDLoss
 from distill.losses.layerwise import Layerwise
 from distill.losses.routing import Routing
 from distill.teachers.targets import DenseTargets, TopKTargets, top_k_targets
@@ -132,8 +132,8 @@ def moe_arms(draws: int) -> dict[str, Arm]:
         "full": sparse(),
         "top-k + tail": sparse(top_k=TOP_K),
         "sampled": sparse(samples=draws),
-        "top-k renormalised": sparse({"distill.objective.top_k_targets": top_k_renormalised}, top_k=TOP_K),
-        "both renormalised": sparse({"distill.losses.walk.top_k_rows": both_renormalised}, top_k=TOP_K),
+        "top-k renormalised": sparse({"distill.training.objective.top_k_targets": top_k_renormalised}, top_k=TOP_K),
+        "both renormalised": sparse({"distill.losses.engine.walk.top_k_rows": both_renormalised}, top_k=TOP_K),
         "top-2, feature, tau 1": feature(**aware),
         "all experts": Arm(every, OFF),
         "all experts, feature": replace(feature(), model=feature().model | every),

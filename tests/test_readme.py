@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from chat_templates import PLAIN
+from helpers.chat_templates import PLAIN
 
 ROOT = Path(__file__).parents[1]
 FENCED = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)

@@ -11,12 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import VOCABULARY, log_of
-from distill.callbacks.curriculum import Curriculum
+from distill.commands.fit import DistillCLI, run
 from distill.curriculum import round_half_up
-from distill.models import load_config
-from distill.program import DistillCLI, run
-from tiny import tiny_qwen3_moe
-from training_log import parse
+from distill.models.load import load_config
+from distill.training.callbacks.curriculum import Curriculum
+from helpers.tiny import tiny_qwen3_moe
+from helpers.training_log import parse
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RECIPES = sorted(path.name for path in CONFIGS.glob("*.yaml"))

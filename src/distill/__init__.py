@@ -7,63 +7,64 @@ torch; the price is that they are listed twice, for programs that read types and
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from distill.version import __version__ as __version__
+
 if TYPE_CHECKING:
-    from distill.callbacks.audit import LossAudit as LossAudit
-    from distill.callbacks.curriculum import Curriculum as Curriculum
-    from distill.callbacks.evaluation import Evaluation as Evaluation
-    from distill.callbacks.gradients import Gradients as Gradients
-    from distill.callbacks.last_checkpoint import LastCheckpoint as LastCheckpoint
-    from distill.callbacks.resume import ExactResume as ExactResume
-    from distill.callbacks.step_dumps import (
-        CurriculumDump as CurriculumDump,
-    )
-    from distill.callbacks.step_dumps import (
-        KDLossDump as KDLossDump,
-    )
-    from distill.callbacks.step_dumps import (
-        RoutingLossesDump as RoutingLossesDump,
-    )
-    from distill.callbacks.train_debug import TrainDebug as TrainDebug
+    from distill.checkpoints.students import load_student as load_student
     from distill.data.datamodule import DistillationDataModule as DistillationDataModule
     from distill.errors import AuditError as AuditError
     from distill.errors import RunError as RunError
     from distill.errors import UserError as UserError
-    from distill.lora import LoRA as LoRA
     from distill.losses.attention import AttentionTransfer as AttentionTransfer
     from distill.losses.contrastive import Contrastive as Contrastive
-    from distill.losses.divergence import KDLoss as KDLoss
+    from distill.losses.engine.divergence import KDLoss as KDLoss
     from distill.losses.layerwise import Layerwise as Layerwise
     from distill.losses.routing import Routing as Routing
-    from distill.module import DistillationModule as DistillationModule
-    from distill.students import load_student as load_student
-    from distill.trainer import DistillTrainer as DistillTrainer
+    from distill.models.lora import LoRA as LoRA
+    from distill.training.callbacks.audit import LossAudit as LossAudit
+    from distill.training.callbacks.curriculum import Curriculum as Curriculum
+    from distill.training.callbacks.evaluation import Evaluation as Evaluation
+    from distill.training.callbacks.gradients import Gradients as Gradients
+    from distill.training.callbacks.last_checkpoint import LastCheckpoint as LastCheckpoint
+    from distill.training.callbacks.resume import ExactResume as ExactResume
+    from distill.training.callbacks.step_dumps import (
+        CurriculumDump as CurriculumDump,
+    )
+    from distill.training.callbacks.step_dumps import (
+        KDLossDump as KDLossDump,
+    )
+    from distill.training.callbacks.step_dumps import (
+        RoutingLossesDump as RoutingLossesDump,
+    )
+    from distill.training.callbacks.train_debug import TrainDebug as TrainDebug
+    from distill.training.module import DistillationModule as DistillationModule
+    from distill.training.trainer import DistillTrainer as DistillTrainer
 
-__version__ = "0.1.0"
 
 _HOME = {
-    "LossAudit": "callbacks.audit",
-    "Curriculum": "callbacks.curriculum",
-    "Evaluation": "callbacks.evaluation",
-    "Gradients": "callbacks.gradients",
-    "LastCheckpoint": "callbacks.last_checkpoint",
-    "ExactResume": "callbacks.resume",
-    "CurriculumDump": "callbacks.step_dumps",
-    "KDLossDump": "callbacks.step_dumps",
-    "RoutingLossesDump": "callbacks.step_dumps",
-    "TrainDebug": "callbacks.train_debug",
+    "LossAudit": "training.callbacks.audit",
+    "Curriculum": "training.callbacks.curriculum",
+    "Evaluation": "training.callbacks.evaluation",
+    "Gradients": "training.callbacks.gradients",
+    "LastCheckpoint": "training.callbacks.last_checkpoint",
+    "ExactResume": "training.callbacks.resume",
+    "CurriculumDump": "training.callbacks.step_dumps",
+    "KDLossDump": "training.callbacks.step_dumps",
+    "RoutingLossesDump": "training.callbacks.step_dumps",
+    "TrainDebug": "training.callbacks.train_debug",
     "DistillationDataModule": "data.datamodule",
     "AuditError": "errors",
     "RunError": "errors",
     "UserError": "errors",
-    "LoRA": "lora",
+    "LoRA": "models.lora",
     "AttentionTransfer": "losses.attention",
     "Contrastive": "losses.contrastive",
-    "KDLoss": "losses.divergence",
+    "KDLoss": "losses.engine.divergence",
     "Layerwise": "losses.layerwise",
     "Routing": "losses.routing",
-    "DistillationModule": "module",
-    "load_student": "students",
-    "DistillTrainer": "trainer",
+    "DistillationModule": "training.module",
+    "load_student": "checkpoints.students",
+    "DistillTrainer": "training.trainer",
 }
 __all__ = [*_HOME]
 

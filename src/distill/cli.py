@@ -32,7 +32,7 @@ def main() -> None:
     """
     arguments = sys.argv[1:]
     if arguments == ["--version"]:
-        from distill import __version__
+        from distill.version import __version__
 
         print(f"distill {__version__}")
         return
@@ -49,7 +49,7 @@ def main() -> None:
         if name in COMMANDS:
             command = importlib.import_module(f"distill.commands.{name}")
             sys.exit(command.main(arguments[1:]))
-        from distill.program import run
+        from distill.commands.fit import run
 
         run()
     except (UserError, RunError) as error:

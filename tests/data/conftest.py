@@ -3,7 +3,7 @@
 import datasets
 import pytest
 
-from chat_templates import PLAIN
+from helpers.chat_templates import PLAIN
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +18,7 @@ def _own_cache(cache, monkeypatch):
 
 @pytest.fixture(scope="session")
 def tokenizer(assets):
-    from distill.models import load_tokenizer
+    from distill.models.load import load_tokenizer
 
     return load_tokenizer(str(assets / "llama"))
 
@@ -26,7 +26,7 @@ def tokenizer(assets):
 @pytest.fixture(scope="session")
 def chat_tokenizer(assets):
     """The tiny tokenizer with two tokens and a template for turns; 322 ids."""
-    from distill.models import load_tokenizer
+    from distill.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(str(assets / "llama"))
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})

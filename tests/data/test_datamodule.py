@@ -8,7 +8,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 
-from distill.data import DistillationDataModule
+from distill.data.datamodule import DistillationDataModule
 from distill.errors import UserError
 
 
@@ -61,7 +61,7 @@ def test_limits_on_rows(options):
 
 def test_second_run_reads_the_cache(options, monkeypatch):
     first = ready(options)
-    monkeypatch.setattr("distill.data.encode.tokenize", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr("distill.data.documents.encode.tokenize", lambda *_: pytest.fail("tokenised again"))
     assert ids(ready(options).val_dataloader()) == ids(first.val_dataloader())
 
 

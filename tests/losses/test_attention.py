@@ -7,13 +7,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-import tiny
 from distill.errors import UserError
 from distill.losses import map_kl as map_module
 from distill.losses import relation_kl as relation_module
 from distill.losses.attention import AttentionTransfer
-from distill.trace import QKV, Needs, Trace, trace
-from packed import make_batch, separate
+from distill.models.trace import QKV, Needs, Trace, trace
+from helpers import tiny
+from helpers.packed import make_batch, separate
 
 FORMS = ["relations", "maps"]
 FAMILIES = [getattr(tiny, name) for name in dir(tiny) if name.startswith("tiny_") and name != "tiny_gpt_oss"]

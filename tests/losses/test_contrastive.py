@@ -10,11 +10,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import layer_norm, normalize
 
-import tiny
 from distill.errors import UserError
 from distill.losses.contrastive import EMPTY, Contrastive, contexts, sample
-from distill.trace import Trace, trace
-from packed import batch_of, make_batch
+from distill.models.trace import Trace, trace
+from helpers import tiny
+from helpers.packed import batch_of, make_batch
 
 STUDENT = {"hidden_size": 24, "num_attention_heads": 6, "num_key_value_heads": 3, "num_hidden_layers": 3}
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import tiny
 from distill.errors import UserError
 from distill.losses.layerwise import Layerwise
-from distill.trace import Trace, trace
-from packed import make_batch, separate
+from distill.models.trace import Trace, trace
+from helpers import tiny
+from helpers.packed import make_batch, separate
 
 DISTANCES = ["mse", "cosine"]
 STUDENT = {"hidden_size": 24, "num_attention_heads": 6, "num_key_value_heads": 3, "num_hidden_layers": 3}

@@ -11,14 +11,16 @@ from scipy.special import rel_entr
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig
 
-import tiny
 from distill.errors import UserError
 from distill.losses import routing_terms
+from distill.losses.layers import spread
 from distill.losses.relation_kl import relation_heads
-from distill.losses.routing import UNIT, Routing, spread
-from distill.losses.routing_terms import normalise
+from distill.losses.routing import UNIT, Routing
+from distill.losses.states import normalise
+from distill.models.layers import decoder_layers
 from distill.teachers.experts import Recording
-from distill.teachers.find_experts import decoder_layers, moe_block
+from distill.teachers.find_experts import moe_block
+from helpers import tiny
 
 FEATURE, IMPORTANCE, BALANCE, ALIGNMENT = UNIT
 FAMILIES = [getattr(tiny, name) for name in dir(tiny) if name.startswith("tiny_")]

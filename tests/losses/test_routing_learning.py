@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div
 
-import tiny
 from distill.curriculum import value_at
 from distill.losses.routing import UNIT, Routing
-from distill.losses.routing_terms import normalise
-from distill.teachers.experts import full_precision
+from distill.losses.states import normalise
+from distill.models.precision import full_precision
+from helpers import tiny
 
 FEATURE, IMPORTANCE, BALANCE, ALIGNMENT = UNIT
 ROWS, LENGTH, WORDS = 16, 32, 32

@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-import tiny
 from distill.errors import UserError
 from distill.losses.routing_terms import student_aware_route
+from distill.models.layers import decoder_layers
 from distill.teachers import experts
 from distill.teachers.experts import Recording, mix
-from distill.teachers.find_experts import decoder_layers, find_views, moe_block, moe_layers
+from distill.teachers.find_experts import find_views, moe_block, moe_layers
+from helpers import tiny
 
 MOE = [
     tiny.tiny_qwen3_moe,

@@ -4,11 +4,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import tiny
 from distill.errors import UserError
+from distill.models.layers import decoder_layers
 from distill.teachers.experts import Recording
-from distill.teachers.find_experts import decoder_layers, find_views, moe_block, moe_layers
+from distill.teachers.find_experts import find_views, moe_block, moe_layers
 from distill.teachers.online import OnlineTeacher
+from helpers import tiny
 
 MOE = [
     tiny.tiny_qwen3_moe,

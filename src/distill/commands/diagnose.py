@@ -9,10 +9,10 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+from distill.analysis.findings import rates, totals, trends, validation, weights
+from distill.analysis.findings.evidence import Finding, Point, Run, load
+from distill.analysis.findings.printed import LATER, listed, weights_said
 from distill.commands.arguments import Parser
-from distill.findings import rates, totals, trends, validation, weights
-from distill.findings.evidence import Finding, Point, Run, load
-from distill.findings.printed import LATER, listed, weights_said
 
 RULES: tuple[Callable[[Run], list[Finding]], ...] = (
     trends.suspected,

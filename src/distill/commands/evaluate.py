@@ -65,25 +65,25 @@ def evaluate(
 
     Returns:
         `measured_on` (student, teacher, dataset, rows, tokens, sequence_length, precision, device), `models` (name ->
-        figures, see `distill.evaluation.figures`), `gap_closed_percent` (baseline -> nll and kl_div_T1: how much of its
-        distance to the teacher the student covers), `tasks` (task -> model -> metric -> value), `peak_memory_MB` of the
-        process, or of the device where there is one.
+        figures, see `distill.evaluation.measure.figures`), `gap_closed_percent` (baseline -> nll and kl_div_T1: how
+        much of its distance to the teacher the student covers), `tasks` (task -> model -> metric -> value),
+        `peak_memory_MB` of the process, or of the device where there is one.
 
     Raises:
         UserError: models or data that cannot be had, ids that mean different tokens, a task that is not there.
     """
 
-    from distill.evaluation import TEACHER, gap_closed_percent, measure
-    from distill.models import check_packing, check_vocabularies
-    from distill.pair import load_other, load_pair, validation_data
-    from distill.program import quieten
-    from distill.steps import peak_memory
+    from distill.commands.pair import load_other, load_pair, validation_data
+    from distill.commands.quiet import quieten
+    from distill.evaluation.measure import TEACHER, gap_closed_percent, measure
+    from distill.models.load import check_packing, check_vocabularies
+    from distill.training.step_sums import peak_memory
 
     quieten()
     if limit is not None and limit < 1:
         raise UserError(f"--limit: {limit}; give 1 or more")
     if names := list(tasks):
-        from distill.harness import open_tasks, run_tasks
+        from distill.evaluation.tasks import open_tasks, run_tasks
 
         manager = open_tasks(names, task_folder)
     options = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}

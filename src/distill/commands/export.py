@@ -38,9 +38,9 @@ def export(
     """
     import torch
 
-    from distill.card import model_card
-    from distill.sources import quiet_transformers
-    from distill.students import is_checkpoint, load_student
+    from distill.checkpoints.card import model_card
+    from distill.checkpoints.students import is_checkpoint, load_student
+    from distill.models.quiet import quiet_transformers
 
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype: {dtype!r} is no dtype of an export; {did_you_mean(dtype, DTYPES)}")

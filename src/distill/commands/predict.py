@@ -77,8 +77,8 @@ def predict(
     if temperature < 0:
         raise UserError(f"--temperature: {temperature} is below 0; give 0 for greedy continuations")
 
-    from distill.pair import load_pair, validation_data
-    from distill.program import quieten
+    from distill.commands.pair import load_pair, validation_data
+    from distill.commands.quiet import quieten
 
     quieten()
     options = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}

@@ -43,8 +43,8 @@ def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
         raise UserError(
             f"report: {error.name} is not installed: pip install 'student-aware-distillation[report]'"
         ) from error
-    from distill.report.page import render
-    from distill.report.runs import read_runs
+    from distill.analysis.report.page import render
+    from distill.analysis.report.runs import read_runs
 
     found = read_runs([Path(run) for run in runs])
     target = Path(out) if out is not None else found[0].folder / "report.html"

@@ -14,19 +14,21 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
-from distill.data.batches import PackedRows, as_is
-from distill.data.chat import Chat, read_template
-from distill.data.forms import FormOption, form_of
-from distill.data.mixture import Source, sources_of, split_rows, validation_sources
-from distill.data.packing import Packer, encoder_of, features, fingerprint, pack
-from distill.data.sampler import EveryRowOnce, ResumableLoader, StepSampler
-from distill.data.statistics import describe_read, describe_rows, describe_stream, describe_table
-from distill.data.stream import Stream, StreamBatches, beginning, validation_rows
-from distill.data.stream_loader import StreamLoader
-from distill.data.text import load_documents, open_stream, place_of
+from distill.data.documents.chat import Chat, read_template
+from distill.data.documents.files import load_documents, open_stream, place_of
+from distill.data.documents.forms import FormOption, form_of
+from distill.data.documents.sources import Source, sources_of, validation_sources
+from distill.data.order.loader import ResumableLoader
+from distill.data.order.mixing import split_rows
+from distill.data.order.sampler import EveryRowOnce, StepSampler
+from distill.data.order.stream import Stream, StreamBatches, beginning, validation_rows
+from distill.data.order.stream_loader import StreamLoader
+from distill.data.rows.packing import Packer, encoder_of, features, fingerprint, pack
+from distill.data.rows.statistics import describe_read, describe_rows, describe_stream, describe_table
+from distill.data.rows.table import PackedRows, as_is
 from distill.errors import UserError
-from distill.models import load_tokenizer
-from distill.signals import leave_signals_to_the_run
+from distill.models.load import load_tokenizer
+from distill.stop_signals import leave_signals_to_the_run
 
 if TYPE_CHECKING:
     from datasets import Dataset

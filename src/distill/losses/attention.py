@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from distill.errors import UserError
+from distill.losses.layers import check_layers
 from distill.losses.map_kl import map_kl
 from distill.losses.relation_kl import relation_kl
-from distill.losses.routing import check_layers
-from distill.trace import QKV, Needs, Trace, try_attention
+from distill.models.trace import QKV, Needs, Trace, try_attention
 
 
 @final

@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from distill.errors import UserError
-from distill.losses.routing import apply, check_layers
-from distill.losses.routing_terms import normalise
-from distill.teachers.experts import full_precision
-from distill.trace import Needs, Trace
+from distill.losses.layers import check_layers
+from distill.losses.states import apply, normalise
+from distill.models.precision import full_precision
+from distill.models.trace import Needs, Trace
 
 BASE = 0x5851F42D4C957F2D  # of the polynomial hash, odd
 INVERSE = pow(BASE, -1, 2**64)

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from distill.errors import UserError
-from distill.losses.routing import apply, check_layers, same_depth, spread
-from distill.losses.routing_terms import normalise
-from distill.teachers.experts import full_precision
-from distill.trace import Needs, Trace, valid_rows
+from distill.losses.layers import check_layers, same_depth, spread
+from distill.losses.states import apply, normalise
+from distill.models.precision import full_precision
+from distill.models.trace import Needs, Trace, valid_rows
 
 DEFAULT_PAIRS = 4  # or as many as the student has layers
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distill.losses.relation_kl import BLOCK_BYTES, CPU_BLOCK_BYTES, LEAST_ROWS
-from distill.trace import QKV
+from distill.models.trace import QKV
 
 
 def map_kl(student: QKV, teacher: QKV, document_BL: Tensor, real_BL: Tensor, query_BL: Tensor) -> Tensor:

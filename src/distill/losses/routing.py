@@ -19,21 +19,24 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from distill.curriculum import WEIGHT_KEY, round_half_up
+from distill.curriculum import WEIGHT_KEY
 from distill.errors import UserError, did_you_mean
+from distill.losses.layers import check_layers, same_depth, spread
 from distill.losses.routing_terms import (
     attention_alignment,
     constant_gate_kl,
     expert_importance,
     feature_matching,
     load_balance,
-    normalise,
     student_aware_route,
     usage_stats,
 )
-from distill.teachers.experts import Capture, Recording, Routed, View, full_precision
-from distill.teachers.find_experts import decoder_layers, find_views, moe_layers
-from distill.trace import valid_rows
+from distill.losses.states import apply, normalise
+from distill.models.layers import decoder_layers
+from distill.models.precision import full_precision
+from distill.models.trace import valid_rows
+from distill.teachers.experts import Capture, Recording, Routed, View
+from distill.teachers.find_experts import find_views, moe_layers
 
 UNIT = {
     "routing_feature_matching_loss": "tokens",
@@ -55,12 +58,6 @@ class RoutingOutput:
 
     sums: dict[str, Tensor]
     stats: dict[str, Tensor]
-
-
-def apply(head: nn.Module, states_ND: Tensor) -> Tensor:
-    """A probe or projection of normalised states, which are in fp32 even where the heads are in half precision."""
-    output: Tensor = head(states_ND.to(next(head.parameters()).dtype))
-    return output
 
 
 @final
@@ -311,36 +308,3 @@ class Routing(nn.Module):
                 stacklevel=3,
             )
         return top_k_experts
-
-
-def spread(count: int, among: list[int]) -> list[int]:
-    """`count` of the layers at even depth fractions, the middles of equal parts.
-
-    Example:
-        >>> spread(1, list(range(30))), spread(3, list(range(30)))
-        ([15], [5, 15, 25])
-    """
-    if count > len(among):
-        raise UserError(
-            f"model.routing.teacher_layers: {count} are more than the teacher's {len(among)} layers; lower it"
-        )
-    return [among[(2 * i + 1) * len(among) // (2 * count)] for i in range(count)]
-
-
-def same_depth(layer: int, depth: int, other_depth: int) -> int:
-    """The layer of a model with `other_depth` layers that lies at the same fraction of its depth.
-
-    Example:
-        >>> same_depth(15, 30, 10), same_depth(0, 30, 10)
-        (4, 0)
-    """
-    return max(0, round_half_up((layer + 1) / depth * other_depth) - 1)
-
-
-def check_layers(key: str, layers: list[int], depth: int) -> None:
-    """Raises UserError unless the indices are layers of a model with `depth` of them, the teacher's distinct."""
-    for index in layers:
-        if not 0 <= index < depth:
-            raise UserError(f"{key}: {index} is not a layer; the model has layers 0 to {depth - 1}")
-    if key.endswith("teacher_layers") and len(set(layers)) < len(layers):
-        raise UserError(f"{key}: {layers} names a layer twice; name each once")

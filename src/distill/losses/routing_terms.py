@@ -11,19 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F
 
 from distill.losses.relation_kl import relation_kl
-from distill.teachers.experts import Capture, Routed, View, chunks, full_precision, mix
-
-
-def normalise(x: Tensor) -> Tensor:
-    """Layer norm without affine over the last dimension, in fp32 or wider.
-
-    The epsilon is far below any real variance: a target's size must not depend on the teacher's scale.
-    """
-    x = full_precision(x)
-    return F.layer_norm(x, x.shape[-1:], eps=1e-20)
+from distill.losses.states import normalise
+from distill.models.precision import full_precision
+from distill.teachers.experts import Capture, Routed, View, chunks, mix
 
 
 def entropy(gates_NE: Tensor) -> Tensor:

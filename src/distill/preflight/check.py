@@ -19,12 +19,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 
 from distill import sources
-from distill.callbacks.curriculum import Curriculum
-from distill.callbacks.preflight import counting_nll, single_rows
 from distill.errors import UserError
-from distill.metrics import DistillationMetrics
-from distill.objective import Losses
-from distill.optim import check_validation_interval, horizon_of
+from distill.losses.engine.metrics import DistillationMetrics
 from distill.preflight.checks import (
     Vocabulary,
     alignment_rows,
@@ -38,6 +34,7 @@ from distill.preflight.checks import (
 )
 from distill.preflight.memory import MemoryEstimate, estimate_memory, forward_flops, trace
 from distill.preflight.plan import Plan, device_gib, head_size, matmul_tflops, shape_of, skeletons
+from distill.preflight.quick import counting_nll, single_rows
 from distill.preflight.tables import (
     GIB,
     alignment_table,
@@ -48,6 +45,9 @@ from distill.preflight.tables import (
     titled,
     vocabulary_table,
 )
+from distill.training.callbacks.curriculum import Curriculum
+from distill.training.horizon import check_validation_interval, horizon_of
+from distill.training.objective import Losses
 
 VALIDATED_ROWS = 8  # of an accelerator; a CPU's only row is the one that is timed
 FAST_S = 0.5  # below it, what a device does once and for all was a good part of the time

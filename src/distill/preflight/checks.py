@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from distill.curriculum import Schedule, value_at
-from distill.precision import product_dtype
+from distill.models.precision import product_dtype
 
 IGNORE = -100
 FEW_ROWS = 8  # fewer to validate on by a fraction were hardly meant

@@ -27,8 +27,8 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from distill.cut import cut_layers
 from distill.errors import UserError
+from distill.models.cut import cut_layers
 
 TRACED_TEACHER_LAYERS = 4  # without gradients the peak does not grow with depth
 

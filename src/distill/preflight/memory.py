@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distill.losses.rows import BUFFERS
-from distill.losses.walk import sizes
-from distill.precision import product_dtype
+from distill.losses.engine.rows import BUFFERS
+from distill.losses.engine.walk import sizes
+from distill.models.precision import product_dtype
 from distill.preflight.live_bytes import Shape, trace_student, trace_teacher
 
 

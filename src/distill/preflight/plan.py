@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from distill import models
-from distill.cut import cut_layers
-from distill.precision import student_dtype, teacher_dtype
+from distill.models import load
+from distill.models.cut import cut_layers
+from distill.models.precision import student_dtype, teacher_dtype
 from distill.preflight.live_bytes import Shape, skeleton
 
 GIB = 2**30
@@ -78,14 +78,14 @@ def skeletons(module: Any, precision: str, device: str) -> tuple[Any, Any]:
     """
     sources, remote = module.student_sources, module.load_options["trust_remote_code"]
     learns, frozen = student_dtype(precision), teacher_dtype(module.teacher_dtype, precision, device)
-    config = models.load_config(module.teacher_source, trust_remote_code=remote)
+    config = load.load_config(module.teacher_source, trust_remote_code=remote)
     teacher = skeleton(config, frozen, remote)
     if sources["student_layers"] is not None:
         student = cut_layers(skeleton(config, learns, remote), sources["student_layers"])
     else:
         source = sources["student"] if sources["student_config"] is None else sources["student_config"]
         vocab_size = None if sources["student_config"] is None else head_size(teacher)
-        config = models.load_config(source, vocab_size=vocab_size, trust_remote_code=remote, key="model.student")
+        config = load.load_config(source, vocab_size=vocab_size, trust_remote_code=remote, key="model.student")
         student = skeleton(config, learns, remote)
     if module.lora is not None:
         module.lora.add_to(student)

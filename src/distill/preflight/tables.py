@@ -9,10 +9,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from distill.callbacks.curriculum import Curriculum
 from distill.curriculum import WEIGHT_KEY, value_at
 from distill.preflight.checks import SPECIAL, Vocabulary, knots_of, sparkline
 from distill.preflight.memory import MemoryEstimate
+from distill.training.callbacks.curriculum import Curriculum
 
 GIB, MIB = 2**30, 2**20
 READS = {

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from distill.models.precision import full_precision
+
 Capture = dict[str, Tensor]  # what the hooks of one layer kept, detached
 CHUNK_BYTES = 32 * 2**20  # of one block of expert outputs [E, n, D]
 
@@ -40,11 +42,6 @@ class Routed:
     index_NK: Tensor
     mixture_ND: Tensor | None = None
     gap_NK: Tensor | None = None
-
-
-def full_precision(x: Tensor) -> Tensor:
-    """fp32, or what is wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def flat(x: Tensor) -> Tensor:

@@ -15,26 +15,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from distill.errors import UserError
-from distill.teachers.experts import DenseView, MoeView, View, call_router, full_precision, gate_of_logits
+from distill.models.layers import decoder_layers
+from distill.models.precision import full_precision
+from distill.teachers.experts import DenseView, MoeView, View, call_router, gate_of_logits
 
 DENSE_EXPERTS, DENSE_K = 8, 2  # without a word from the user
 FFN_NAMES = ("mlp", "feed_forward", "ffn")
 LAST_MATRIX_NAMES = ("down_proj", "c_proj", "w2", "fc2", "dense_4h_to_h")
-
-
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder's layers: the first module list that is as long as the configuration says.
-
-    Raises:
-        UserError: the model has no such list.
-    """
-    depth = model.config.get_text_config().num_hidden_layers
-    for module in model.get_decoder().modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return module
-    raise UserError(
-        f"model.teacher: {type(model).__name__} has no list of {depth} layers; routing losses cannot read it"
-    )
 
 
 def router_of(block: nn.Module) -> nn.Module | None:

@@ -4,15 +4,19 @@ The price: its device and dtype are ours to set, once, when the strategy has pla
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, device, nn
 from transformers import PreTrainedModel
 
+from distill.curriculum import CurriculumState
 from distill.errors import UserError
+from distill.losses.engine.divergence import KDLoss
+from distill.models.trace import Needs, Trace, trace
 from distill.teachers.find_experts import set_experts_per_token
-from distill.trace import Needs, Trace, trace
+from distill.teachers.targets import DenseTargets, Targets, sampled_targets, top_k_targets
 
 
 class OnlineTeacher:
@@ -65,3 +69,24 @@ def quantize(model: PreTrainedModel) -> None:
         ) from error
     head = model.get_output_embeddings()
     quantize_(model, Int8WeightOnlyConfig(), lambda module, name: isinstance(module, nn.Linear) and module is not head)
+
+
+def thinned(
+    targets: DenseTargets | None,
+    kd: KDLoss | None,
+    student_vocab: int,
+    state: CurriculumState,
+    batch: Mapping[str, Any],
+) -> Targets:
+    """The part of dense targets that `kd` learns from. Draws depend on step and batch alone, not on the random state:
+    so a resumed run repeats them, and a validation between two steps changes nothing.
+    """
+    assert targets is not None
+    assert kd is not None
+    shared = min(student_vocab, targets.head.vocab_size)
+    targets = replace(targets, head=targets.head.whole())
+    if kd.top_k is not None:
+        return top_k_targets(targets, kd.top_k, state.temperature, shared)
+    assert kd.samples is not None
+    generator = torch.Generator(targets.hidden_ND.device).manual_seed(state.step * 1_000_003 + batch["bytes"])
+    return sampled_targets(targets, kd.samples, state.temperature, shared, generator)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from distill.losses.head import LMHead, logits_dtype, mm_into
+from distill.models.head import LMHead, logits_dtype, mm_into
 
 _CHUNK_ELEMENTS = 1 << 25  # of logits at a time while sparse targets are made: 128 MiB in fp32
 

@@ -1,0 +1,197 @@
+"""Documents of every form become ids, labels and the bytes of text behind them.
+
+Labels are the ids themselves where a token is a target, else IGNORE. Bytes are exact for text; for conversations and
+tokens they are those of the decoded text without special tokens, which has no place for a tokenizer's normalisation.
+
+Letters: T tokens of one document.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from distill.data.documents.chat import Chat, decoded_bytes, encode_conversation, template_of
+from distill.data.documents.forms import form_of
+from distill.errors import DocumentError, UserError
+
+IGNORE = -100  # label of a position that is no target
+TOLD = 3  # bad documents that an error names
+Document = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids and labels, int32 [T]; bytes, int64 [T]
+
+
+def byte_counts(text: str, ends_T: np.ndarray) -> np.ndarray:
+    """UTF-8 bytes that each token adds, from the character offset at which it ends; they sum to the text's length.
+
+    A character that several tokens spell counts for the first that ends behind it; text behind the last token counts
+    for the last.
+
+    Args:
+        text: the document.
+        ends_T: offsets in characters; special tokens have 0.
+
+    Returns:
+        int64 [T], bytes.
+
+    Example:
+        >>> byte_counts("aé", np.array([1, 2])).tolist()
+        [1, 2]
+    """
+    code_points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    widths = 1 + (code_points >= 0x80) + (code_points >= 0x800) + (code_points >= 0x10000)
+    upto = np.concatenate([[0], np.cumsum(widths, dtype=np.int64)])
+    reached = upto[np.maximum.accumulate(ends_T)]
+    reached[-1] = upto[-1]
+    return np.diff(reached, prepend=0)
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str | None]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Ids [T] and bytes [T] of each document, with what the tokenizer puts around a text and its end-of-sequence id."""
+    return [(ids_T, bytes_T) for ids_T, bytes_T, _ in _tokenize(tokenizer, texts)]
+
+
+def _tokenize(tokenizer: Any, texts: Sequence[str | None]) -> list[Document]:
+    """Ids [T], bytes [T] and the character offsets [T] at which tokens end, 0 for special ones."""
+    filled = [text or "" for text in texts]
+    encoded = tokenizer(filled, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
+    documents = []
+    for text, ids, offsets in zip(filled, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        ids_T = np.asarray(ids, dtype=np.int32)
+        ends_T = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)[:, 1]
+        bytes_T = byte_counts(text, ends_T) if len(ids) else np.zeros(0, dtype=np.int64)
+        eos = tokenizer.eos_token_id
+        if eos is not None and (not len(ids) or ids[-1] != eos):
+            ids_T, bytes_T, ends_T = np.append(ids_T, np.int32(eos)), np.append(bytes_T, 0), np.append(ends_T, 0)
+        documents.append((ids_T, bytes_T, ends_T))
+    return documents
+
+
+@dataclass
+class Encoder:
+    """Encodes batches of documents of any one form.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        chat: template and choice of targets.
+        place: what error messages call a document, from its number (from 1) and its columns.
+        source: YAML key that names the documents.
+    """
+
+    tokenizer: Any
+    chat: Chat
+    place: Callable[[int, Any], str] = "document {}".format
+    source: str = "data.dataset"
+
+    def __call__(self, batch: dict[str, list[Any]], first: int = 0) -> list[Document]:
+        """Documents of a batch of columns; those that are missing are empty.
+
+        Args:
+            batch: the columns of a form.
+            first: documents before these, for error messages.
+
+        Raises:
+            UserError: documents are not of their form; names the first few.
+        """
+        columns = list(zip(*batch.values(), strict=True))
+        form = form_of(list(batch))
+        if form == "text":
+            return [(ids_T, ids_T, bytes_T) for ids_T, bytes_T in tokenize(self.tokenizer, batch["text"])]
+        if form == "tokens":
+            return self._each(self._tokens, columns, first)
+        if form == "messages":
+            return self._each(self._conversation, columns, first)
+        if any(isinstance(side, str) for sides in columns for side in sides):
+            return self._completions(batch["prompt"], batch["completion"])
+        return self._each(self._reply, columns, first)
+
+    def _each(self, encode: Callable[..., Document], columns: list[tuple[Any, ...]], first: int) -> list[Document]:
+        """Documents one by one; of those that cannot be encoded the first few are told in one error."""
+        documents: list[Document] = []
+        bad: list[DocumentError] = []
+        places: dict[str, list[str]] = {}
+        for number, document in enumerate(columns, start=first + 1):
+            try:
+                documents.append(encode(*document))
+            except DocumentError as error:
+                bad.append(error)
+                if (error.key, error.remedy) == (bad[0].key, bad[0].remedy):
+                    places.setdefault(error.reason, []).append(self.place(number, document))
+                if len(bad) == TOLD:
+                    break
+        if bad:
+            told = "; ".join(f"{', '.join(where)}: {reason}" for reason, where in places.items())
+            raise UserError(f"{bad[0].key or self.source}: {told}; {bad[0].remedy}") from bad[0]
+        return documents
+
+    def key(self, form: str) -> list[Any]:
+        """What the result depends on beside the documents, as plain values."""
+        tokenizer = self.tokenizer
+        parts: list[Any] = [tokenizer_hash(tokenizer)]
+        if form in ("messages", "prompt_completion"):
+            parts.append(self.chat.completion_only_loss)
+        if form == "messages" or (form == "prompt_completion" and self._template() is not None):
+            parts += [self._template(), tokenizer.special_tokens_map, asdict(self.chat)]
+        return parts
+
+    def _template(self) -> str | None:
+        if self.chat.template is None and self.tokenizer.chat_template is None:
+            return None
+        return template_of(self.tokenizer, self.chat)
+
+    def _reply(self, prompt: list[dict[str, Any]] | None, completion: list[dict[str, Any]] | None) -> Document:
+        return self._conversation([*(prompt or []), *(completion or [])], len(prompt or []))
+
+    def _conversation(self, messages: list[dict[str, Any]] | None, prompt: int = 0) -> Document:
+        if not messages:
+            return _empty()
+        ids_T, targets_T = encode_conversation(self.tokenizer, messages, self.chat, prompt)
+        return ids_T, np.where(targets_T, ids_T, IGNORE).astype(np.int32), decoded_bytes(self.tokenizer, ids_T)
+
+    def _completions(self, prompts: list[str | None], completions: list[str | None]) -> list[Document]:
+        """Texts of which the tokens that hold a character of the completion, and the last, are targets."""
+        pairs = [(prompt or "", completion or "") for prompt, completion in zip(prompts, completions, strict=True)]
+        documents = []
+        encoded = _tokenize(self.tokenizer, [prompt + completion for prompt, completion in pairs])
+        for (prompt, completion), (ids_T, bytes_T, ends_T) in zip(pairs, encoded, strict=True):
+            labels_T = ids_T
+            if self.chat.completion_only_loss:
+                targets_T = ends_T > len(prompt)
+                targets_T[-1:] = True
+                labels_T = np.where(targets_T & bool(completion), ids_T, IGNORE).astype(np.int32)
+            documents.append((ids_T, labels_T, bytes_T))
+        return documents
+
+    def _tokens(self, ids: Sequence[int] | None, labels: Sequence[int] | None = None) -> Document:
+        if not ids:
+            return _empty()
+        ids_T = np.asarray(ids, dtype=np.int64)
+        labels_T = ids_T if labels is None else np.asarray(labels, dtype=np.int64)
+        if len(labels_T) != len(ids_T):
+            raise DocumentError(
+                f"{len(ids_T)} input_ids and {len(labels_T)} labels",
+                f"give one label per token, {IGNORE} where it is no target",
+            )
+        known = len(self.tokenizer)
+        wrong = [
+            *ids_T[(ids_T < 0) | (ids_T >= known)],
+            *labels_T[(labels_T >= known) | ((labels_T < 0) & (labels_T != IGNORE))],
+        ]
+        if wrong:
+            raise DocumentError(
+                f"the id {wrong[0]} is none of the tokenizer's {known}", "tokenise with the teacher's tokenizer"
+            )
+        ids_T = ids_T.astype(np.int32)
+        return ids_T, labels_T.astype(np.int32), decoded_bytes(self.tokenizer, ids_T)
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Hash of what a fast tokenizer does with text, wherever it was loaded from."""
+    parts = json.dumps([tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id])
+    return hashlib.sha256(parts.encode()).hexdigest()[:16]
+
+
+def _empty() -> Document:
+    return np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int64)

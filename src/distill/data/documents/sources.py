@@ -1,0 +1,114 @@
+"""What `data.dataset` and `data.validation` name: one source, or several with weights."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, get_args
+
+from distill.data.documents.files import local_files
+from distill.data.documents.forms import FormOption
+from distill.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Source:
+    """One part of the data.
+
+    Args:
+        dataset: hub name, local file, folder, glob or package://name/path, or a list of them.
+        weight: share of the training rows, in any unit; null = no weights, all rows of all parts.
+        dataset_config: configuration of a hub data set; null = that of `data`, as for all that follow.
+        split: split of a hub data set.
+        text_column: column that holds the text.
+        messages_column: column that holds conversations.
+        format: of the documents.
+    """
+
+    dataset: str | list[str]
+    weight: float | None = None
+    dataset_config: str | None = None
+    split: str | None = None
+    text_column: str | None = None
+    messages_column: str | None = None
+    format: FormOption | None = None
+
+    def options(self) -> dict[str, Any]:
+        """How `load_documents` and `open_stream` are to read it."""
+        return {
+            "config": self.dataset_config,
+            "split": self.split,
+            "text_column": self.text_column,
+            "messages_column": self.messages_column,
+            "form": self.format,
+        }
+
+
+def sources_of(dataset: str | list[str | dict[str, Any]], **defaults: Any) -> list[Source]:
+    """The parts that `data.dataset` names; a name or a list of names is one part.
+
+    Args:
+        dataset: what the user gave.
+        defaults: for fields that a part leaves open.
+
+    Raises:
+        UserError: nothing is named, a part has an unknown key or a value of the wrong kind, or the weights are not
+            positive or not of every part.
+    """
+    parts = [dataset] if isinstance(dataset, str) else dataset
+    names = [part for part in parts if isinstance(part, str)]
+    if not parts:
+        raise UserError("data.dataset: []; name at least one source")
+    sources = (
+        [Source(dataset if isinstance(dataset, str) else names)]
+        if len(names) == len(parts)
+        else [_part(*numbered) for numbered in enumerate(parts)]
+    )
+    weights = [source.weight for source in sources]
+    for place, weight in enumerate(weights):
+        if weight is not None and not 0 < weight < float("inf"):
+            raise UserError(f"data.dataset[{place}].weight: {weight} must be above 0; leave the part out instead")
+        if weight is None and any(other is not None for other in weights):
+            raise UserError(
+                f"data.dataset[{place}].weight: null, while other parts have one; give every part a weight, or none"
+            )
+    return [
+        replace(source, **{name: value for name, value in defaults.items() if getattr(source, name) is None})
+        for source in sources
+    ]
+
+
+def _part(place: int, given: str | dict[str, Any]) -> Source:
+    """The part that a user wrote down."""
+    if isinstance(given, str):
+        return Source(given)
+    kinds: dict[str, Any] = {field.name: str for field in fields(Source)} | {
+        "dataset": (str, list),
+        "weight": (int, float),
+    }
+    for name, value in given.items():
+        key = f"data.dataset[{place}].{name}"
+        if name not in kinds:
+            raise UserError(f"{key}: is no key of a part; {did_you_mean(name, kinds)}")
+        if value is not None and (not isinstance(value, kinds[name]) or isinstance(value, bool)):
+            raise UserError(f"{key}: {value!r} is no {'number' if name == 'weight' else 'text'}; correct it")
+    if not given.get("dataset"):
+        raise UserError(f"data.dataset[{place}].dataset: missing; name its source")
+    if (form := given.get("format")) not in (None, *get_args(FormOption)):
+        raise UserError(f"data.dataset[{place}].format: {form!r}; {did_you_mean(str(form), get_args(FormOption))}")
+    return Source(**given)
+
+
+def validation_sources(sources: Sequence[Source], split: float | str) -> list[tuple[Source, str]]:
+    """Sources of validation rows alone and the YAML key that names them; none where rows are held out.
+
+    Raises:
+        UserError: a split of local files.
+    """
+    if not isinstance(split, str):
+        return []
+    key = "data.validation_split"
+    names = [name for s in sources for name in ([s.dataset] if isinstance(s.dataset, str) else s.dataset)]
+    if all(local_files(name, "data.dataset") is None for name in names):
+        return [(replace(source, split=split), "data.dataset") for source in sources]
+    if local_files(split, key) is not None:
+        return [(replace(sources[0], dataset=split, weight=None), key)]
+    raise UserError(f"{key}: {split!r} is no local file, and local data have no splits; give a file or a fraction")

@@ -1,0 +1,54 @@
+"""What a precision means on a device: the dtypes of both models, and whether a CPU has units for 16-bit products.
+
+A CPU without such units multiplies bf16 seven to a hundred times slower than fp32. There teacher and loss engine work
+in fp32 whatever the precision; the price is twice the teacher's memory on such a machine.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+@cache
+def has_units(dtype: torch.dtype) -> bool:
+    """Whether this machine's CPU multiplies matrices of a 16-bit dtype at least as fast as fp32 ones."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    checks = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return bool(checks[dtype]())
+
+
+def product_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
+    """The dtype in which matrix products of a dtype are best done on a type of device."""
+    return torch.float32 if device == "cpu" and dtype.itemsize < 4 and not has_units(dtype) else dtype
+
+
+def student_dtype(precision: str) -> torch.dtype:
+    """Of parameters that learn, under a precision of the trainer: a true one's own, else float32."""
+    true = {"64-true": torch.float64, "64": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+    return true.get(precision, torch.float32)
+
+
+def teacher_dtype(option: str, precision: str, device: str) -> torch.dtype:
+    """Of a frozen teacher.
+
+    Args:
+        option: auto, or the name of a dtype. auto = that of precision 32 and 64; else bfloat16, or float32 on a CPU
+            without bf16 units.
+        precision: of the trainer, such as bf16-mixed.
+        device: cpu, cuda, ...
+    """
+    if option != "auto":
+        dtype: torch.dtype = getattr(torch, option)
+        return dtype
+    whole = {"32-true": torch.float32, "32": torch.float32, "64-true": torch.float64, "64": torch.float64}
+    return whole.get(precision) or product_dtype(torch.bfloat16, device)
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """fp32, or what is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

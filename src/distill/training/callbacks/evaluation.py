@@ -1,0 +1,103 @@
+"""What validation said: an `[Eval]` line after each one, and a table of before, after and teacher when fit ends.
+
+Reads: `trainer.callback_metrics` and the weights that the module's validation returned. Writes and logs nothing.
+"""
+
+from pathlib import Path
+from typing import Any, final
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
+from rich.console import Console
+from rich.table import Table
+
+from distill.training.callbacks.text import emit, run_directory
+from distill.training.horizon import horizon_of
+
+TABLE = (
+    "val/kl_div_T1",
+    "val/student_nll",
+    "val/student_perplexity",
+    "val/top1_agreement",
+    "val/top5_agreement",
+    "val/ece",
+    "val/bits_per_byte",
+)
+TEACHER = {"val/student_perplexity": "val/teacher_perplexity", "val/student_nll": "val/teacher_nll"}
+
+
+@final
+class Evaluation(Callback):
+    """Prints each validation's loss with raw value, weight and scaled value of its components, and a closing table.
+
+    Components of weight zero are not measured in validation: their raw value is nan, their weight and scaled value 0.
+    The closing table has the weight-free metrics, since the total moves with its weights. It compares with the student
+    before training where `trainer.num_sanity_val_steps` is -1, which makes the check before training a whole
+    validation; otherwise with the first validation, and with none where there was only one.
+    """
+
+    def __init__(self) -> None:
+        self.directory: str | None = None
+        self.first: dict[str, float] = {}
+        self.first_step = 0
+        self.last: dict[str, float] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        self.directory = run_directory(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.sanity_checking and trainer.num_sanity_val_steps != float("inf"):
+            return
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        weights = pl_module.component_weights()
+        lines = [f"[Eval] Step {pl_module.curriculum.step}, loss: {metrics['val/loss']:.4f}"]
+        for name, weight in weights.items():
+            raw = metrics.get(f"val/{name}", float("nan"))
+            scaled = raw * weight if weight > 0 else 0.0
+            lines.append(f"    {name}: raw {raw:.4f}, weight {weight:.4f}, scaled {scaled:.4f}")
+        emit(trainer, self.directory, "\n".join(["", *lines, ""]))
+        if not self.first:
+            self.first, self.first_step = metrics, trainer.global_step
+        self.last = metrics
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if (stopped := stopped_early(trainer)) is not None:
+            emit(trainer, self.directory, f"\n{stopped}\n")
+        if not self.last or not trainer.is_global_zero:
+            return
+        several = self.first is not self.last
+        columns = {"after" if several else f"step {trainer.global_step:,}": self.last}
+        if several:
+            columns = {f"step {self.first_step:,}" if self.first_step else "before": self.first} | columns
+        columns["teacher"] = {name: self.last[theirs] for name, theirs in TEACHER.items() if theirs in self.last}
+        table = Table("validation")
+        for heading in columns:
+            table.add_column(heading, justify="right")
+        for name in TABLE:
+            if name in self.last:
+                table.add_row(name, *(shown(values.get(name)) for values in columns.values()))
+        Console().print(table)
+        if self.directory is not None:
+            Console().print(f"Run directory: {Path(self.directory).absolute()}", soft_wrap=True, highlight=False)
+
+
+def stopped_early(trainer: L.Trainer) -> str | None:
+    """Why a run ended before its last step, where an `EarlyStopping` says so."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    horizon = horizon_of(trainer)
+    for callback in callbacks:
+        if isinstance(callback, EarlyStopping) and callback.stopping_reason != EarlyStoppingReason.NOT_STOPPED:
+            why = str(callback.stopping_reason_message)
+            if callback.stopping_reason == EarlyStoppingReason.PATIENCE_EXHAUSTED:
+                why = f"{callback.monitor} has not improved for {callback.wait_count} validations"
+            if trainer.global_step < horizon:
+                return f"Stopped early at step {trainer.global_step} of {horizon}: {why}"
+    return None
+
+
+def shown(value: float | None) -> str:
+    """Four decimals, none where they would say nothing."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4f}"

@@ -1,0 +1,142 @@
+"""The checkpoint to go on from: `checkpoints/last.ckpt`, never far behind, with the one before it as `previous.ckpt`.
+
+It is written after every validation, every ten minutes between two of them, at the end, and when SIGTERM or SIGINT ask
+the run to stop; always where a step is complete, so that the resumed run equals the unbroken one. Two files of full
+state are the price, beside the best one that `checkpoint` keeps.
+
+Reads: the trainer's progress, signals. Writes: the two files; flushes the loggers.
+"""
+
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, final
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
+
+from distill.checkpoints.files import remove, sync
+from distill.errors import UserError
+from distill.stop_signals import Agreement, StopSignals
+from distill.training.callbacks.text import run_directory
+from distill.training.horizon import horizon_of
+
+
+@final
+class LastCheckpoint(Checkpoint):
+    """Keeps the newest state of a run on disk.
+
+    Args:
+        every_minutes: between two validations; null = only after validations and by steps.
+        every_n_steps: in optimizer steps, on top; null = by the clock alone.
+
+    Raises:
+        UserError: an interval that is not above zero.
+    """
+
+    def __init__(self, every_minutes: float | None = 10.0, every_n_steps: int | None = None) -> None:
+        for key, value in (("every_minutes", every_minutes), ("every_n_steps", every_n_steps)):
+            if value is not None and value <= 0:
+                raise UserError(f"last_checkpoint.{key}: {value} must be above 0 (null = not at all)")
+        self.every_minutes, self.every_n_steps = every_minutes, every_n_steps
+        self.directory = Path()
+        self.signals = StopSignals()
+        self.agreement: Agreement | None = None
+        self.horizon = self.saved_step = 0
+        self.saved_at = 0.0
+        self.stop, self.due = 0, 0
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        self.directory = Path(run_directory(trainer) or trainer.default_root_dir, "checkpoints")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.agreement, self.horizon = Agreement(), horizon_of(trainer)
+        self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
+        if trainer.received_sigterm:  # before the first step, noted by Lightning, which would not save
+            trainer._signal_connector.received_sigterm = False
+            self.signals.received = signal.SIGTERM
+        self.signals.install()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        loop = trainer.fit_loop.epoch_loop
+        if loop._should_accumulate():
+            return
+        self._agree()
+        if self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0:
+            self.due = 1
+        fetcher = trainer.fit_loop._data_fetcher
+        assert fetcher is not None
+        if loop._is_training_done or loop._should_check_val_fx(fetcher):
+            return  # a checkpoint here would lose the validation or the end of the epoch that comes next
+        if self.stop or self.due:
+            self._save(trainer)
+        self._stop(trainer)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any, **kwargs: Any) -> None:
+        """Does not wait for the end of a long validation, which a resumed run begins again."""
+        if self._is_fitting(trainer) and trainer.global_step < self.horizon:  # a finished run won't validate again
+            self._agree()
+            if self.stop:
+                self._save(trainer)
+            self._stop(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self._is_fitting(trainer) and trainer.global_step < self.horizon:  # the last one: at the end of the epoch
+            self._save(trainer)
+            self._stop(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self.stop or self.due or trainer.global_step >= self.horizon:
+            self._save(trainer)
+        self._stop(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self.agreement is not None:
+            self.agreement.finish()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        self.signals.restore()
+
+    def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        self.signals.restore()
+
+    def _is_fitting(self, trainer: L.Trainer) -> bool:
+        return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+
+    def _agree(self) -> None:
+        """Takes over what the ranks have agreed on: a signal to stop, and whether a checkpoint is due by the clock."""
+        assert self.agreement is not None
+        late = self.every_minutes is not None and time.monotonic() - self.saved_at > 60 * self.every_minutes
+        stop, due = self.agreement(self.signals.received, int(late))
+        self.stop, self.due = max(self.stop, stop), max(self.due, due)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        """Writes `last.ckpt` and keeps the one before, each moved to its name when it is complete."""
+        if trainer.global_step != self.saved_step:
+            new, last, previous = (self.directory / f"{name}.ckpt" for name in ("new", "last", "previous"))
+            trainer.save_checkpoint(new, weights_only=False)
+            if trainer.is_global_zero:
+                if last.exists():
+                    remove(previous)
+                    last.rename(previous)
+                new.rename(last)
+                sync(self.directory)
+                for logger in trainer.loggers:
+                    logger.save()
+            trainer.strategy.barrier("last_checkpoint")
+        self.saved_step, self.saved_at, self.due = trainer.global_step, time.monotonic(), 0
+
+    def _stop(self, trainer: L.Trainer) -> None:
+        if not self.stop or trainer.global_step >= self.horizon:
+            return
+        number = signal.Signals(self.stop)
+        if self.agreement is not None:
+            self.agreement.finish()
+        if trainer.is_global_zero:
+            print(
+                f"Stopped by {number.name} at step {trainer.global_step}; --ckpt_path last goes on from there.",
+                file=sys.stderr,
+            )
+        raise SystemExit(128 + number if trainer.is_global_zero else 0)

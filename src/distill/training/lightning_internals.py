@@ -1,0 +1,32 @@
+"""Each private part of Lightning that the program touches, as one named function with its reason.
+
+Lightning may change these without notice: `tests/training/test_lightning_internals.py` fails when it does, and
+pyproject.toml allows the minor versions that were run.
+"""
+
+from typing import Any
+
+import lightning as L
+
+
+def validate_between_steps(trainer: L.Trainer) -> None:
+    """From now on a validation that falls due within an accumulation window waits for the window's end.
+
+    Lightning counts micro-batches, whatever an optimizer step is, and a checkpoint written within a window would lose
+    the gradients of its micro-batches. What is due is a function of the place alone, so a resumed run finds the same.
+    """
+    loop: Any = trainer.fit_loop.epoch_loop
+    due = type(loop)._should_check_val_fx.__get__(loop)
+
+    def due_by_now(fetcher: Any) -> bool:
+        if loop._should_accumulate() and not trainer.should_stop:
+            return False
+        if due(fetcher):
+            return True
+        every = trainer.val_check_batch
+        if every is None or not loop._should_check_val_epoch():  # None: by the clock, whose time stays up
+            return False
+        count = 1 + (loop.total_batch_idx if trainer.check_val_every_n_epoch is None else loop.batch_idx)
+        return count >= every and count % every <= loop.batch_idx % trainer.accumulate_grad_batches
+
+    loop._should_check_val_fx = due_by_now

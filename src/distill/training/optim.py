@@ -1,0 +1,68 @@
+"""Fused AdamW in parameter groups, and warm-up then cosine counted in optimizer steps."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+CONFIGURED = ("lr", "weight_decay", "betas")  # of a parameter group: what the configuration says
+
+
+def adamw(
+    modules: Iterable[tuple[nn.Module | None, float]],
+    weight_decay: float,
+    betas: tuple[float, float],
+    fused: bool,
+) -> AdamW:
+    """AdamW over `(module, learning rate)` pairs, without decay on norms and biases (all parameters of one axis)."""
+    groups = []
+    for module, rate in modules:
+        trainable = [p for p in module.parameters() if p.requires_grad] if module is not None else []
+        for decay, parameters in (
+            (weight_decay, [p for p in trainable if p.ndim > 1]),
+            (0.0, [p for p in trainable if p.ndim <= 1]),
+        ):
+            if parameters:
+                groups.append({"params": parameters, "lr": rate, "weight_decay": decay})
+    return AdamW(groups, betas=betas, fused=fused)
+
+
+def warmup_cosine(optimizer: torch.optim.Optimizer, warmup: int, horizon: int, floor: float) -> LambdaLR:
+    """Linear warm-up over `warmup` optimizer steps, then a cosine to `floor` x the peak at step `horizon`.
+
+    The first step already has 1 / (warmup + 1) of the peak: a rate of zero trains nothing.
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        share = min((step - warmup) / max(horizon - warmup, 1), 1.0)
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
+
+    return LambdaLR(optimizer, factor)
+
+
+def configuration_wins(optimizer: torch.optim.Optimizer, schedule: Any, configured: list[dict[str, Any]]) -> None:
+    """Puts rates, decay and betas back to the configuration's after a checkpoint's state was loaded over them."""
+    if not isinstance(schedule, LambdaLR):
+        return
+    schedule.base_lrs = [group["lr"] for group in configured]
+    for group, options, factor in zip(optimizer.param_groups, configured, schedule.lr_lambdas, strict=True):
+        group |= options
+        group["initial_lr"] = options["lr"]
+        group["lr"] = options["lr"] * factor(schedule.last_epoch)
+
+
+def step_back(schedule: Any) -> None:
+    """Takes one step of the schedule back, for an optimizer step that was dropped."""
+    if not isinstance(schedule, LambdaLR):
+        return
+    schedule.last_epoch -= 1
+    rates = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    for group, base, factor in rates:
+        group["lr"] = base * factor(schedule.last_epoch)
+    schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]

@@ -1,0 +1,45 @@
+"""The callback that writes config.yaml and environment.yaml once a run is known to start."""
+
+import shutil
+from pathlib import Path
+
+import lightning as L
+import yaml
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from distill.training.callbacks.text import run_directory
+from distill.training.trainer import environment
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the run's config.yaml once everything was checked; a run refused before its first step leaves nothing."""
+
+    ours = False  # whether the run directory is known to be this run's
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Nothing yet: Lightning's callback would write here, before the models were looked at."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.loggers:
+            super().setup(trainer, pl_module, "fit")
+            self.ours = True
+        directory = run_directory(trainer)
+        if trainer.is_global_zero and directory is not None:
+            Path(directory, "environment.yaml").write_text(yaml.safe_dump(environment(trainer), sort_keys=False))
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Gives the loggers the configuration but their own part of it, which may hold the key to a service."""
+        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        del config["trainer"]["logger"]
+        for logger in trainer.loggers:
+            logger.log_hyperparams(config)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        fresh = getattr(trainer, "fresh_directory", None)
+        if fresh is not None and not self.ours and Path(fresh, "config.yaml").exists():
+            return  # of another run, which has taken the same number since
+        started = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        refused = isinstance(exception, ValueError | MisconfigurationException) and not started
+        if refused and fresh is not None and trainer.is_global_zero:
+            shutil.rmtree(fresh, ignore_errors=True)

@@ -1,0 +1,115 @@
+"""Lightning's Trainer with what a run of this program has by default: one run directory, whole checkpoints, `check`.
+
+Any Lightning logger takes the place of the two default ones; the log, the configuration and the checkpoints then lie in
+the directory that the logger's name and version make. The price: with several loggers the first one decides.
+"""
+
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+
+from distill.checkpoints.files import AtomicCheckpointIO
+from distill.version import __version__
+
+
+class DistillTrainer(L.Trainer):
+    """Lightning's Trainer with two loggers in one run directory; our sampler does the distribution over ranks.
+
+    Args:
+        logger: null = CSV and TensorBoard in one directory, `lightning_logs/version_N`; false = none.
+        use_distributed_sampler: must stay false, the datamodule distributes the rows itself.
+        kwargs: of `lightning.Trainer`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        logger: Logger | list[Logger] | bool | None = None,
+        use_distributed_sampler: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.asked: dict[str, Any] = kwargs  # for `check`, which plans for more devices than it runs on
+        self.fresh_directory: str | None = None  # where nothing was before this trainer
+        if logger is None or logger is True:
+            root = kwargs.get("default_root_dir") or os.getcwd()
+            csv = CSVLogger(root, name="lightning_logs")
+            plots = TensorBoardLogger(root, name="lightning_logs", version=csv.version, default_hp_metric=False)
+            logger = [csv, plots]
+            self.fresh_directory = None if Path(csv.log_dir).exists() else csv.log_dir
+        plugins = kwargs.pop("plugins", None) or []
+        plugins = list(plugins) if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(AtomicCheckpointIO())
+        sampler = use_distributed_sampler
+        super().__init__(*args, logger=logger, use_distributed_sampler=sampler, plugins=plugins, **kwargs)
+
+    @property
+    def log_dir(self) -> str | None:
+        """The run's directory. Loggers that name none of their own get the one that holds the checkpoints."""
+        logger = self.loggers[0] if self.loggers else None
+        if logger is None or isinstance(logger, CSVLogger | TensorBoardLogger | DummyLogger):
+            return super().log_dir
+        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+        directory = os.path.join(logger.save_dir or self.default_root_dir, str(logger.name), version)
+        return self.strategy.broadcast(directory)
+
+    def check(
+        self,
+        model: Any,
+        datamodule: Any,
+        weights: bool = True,
+        devices: int | None = None,
+        device_memory_gib: float | None = None,
+        tflops: float | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Shows what a run would read, compute and need before it is started, and what looks wrong about it.
+
+        Exit code 1 where something does.
+
+        Args:
+            model: a DistillationModule.
+            datamodule: a DistillationDataModule.
+            weights: whether to load the models and run a few rows; without, configurations alone are read.
+            devices: to estimate memory for; null = those of `trainer`.
+            device_memory_gib: of each device; null = this machine's.
+            tflops: that a device reaches, in 10^12 operations a second; null = measured here, 100 for GPUs elsewhere.
+            ckpt_path: not looked into; taken so that a run's own config.yaml serves.
+            weights_only: the same.
+        """
+        from distill.preflight.check import check
+        from distill.preflight.plan import Plan
+
+        wanted = {**Plan.asked_by(self.asked), "devices": devices} if devices else Plan.asked_by(self.asked)
+        plan = Plan(**wanted, weights=weights, device_memory_gib=device_memory_gib, tflops=tflops)
+        if check(self, model, datamodule, plan):
+            raise SystemExit(1)
+
+
+def environment(trainer: L.Trainer) -> dict[str, str | int]:
+    """What a run ran on and with, for the report."""
+    names = ("torch", "lightning", "transformers", "datasets")
+    device = trainer.strategy.root_device
+    resumed: dict[str, str | int] = {}
+    if trainer.ckpt_path is not None:
+        resumed["resumed_from"] = str(Path(trainer.ckpt_path).absolute())
+    return resumed | {
+        "command": " ".join(sys.argv),
+        "python": platform.python_version(),
+        "distill": __version__,
+        **{name: version(name) for name in names},
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type,
+        "processes": trainer.world_size,
+        "threads": torch.get_num_threads(),
+    }
