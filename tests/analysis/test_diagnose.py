@@ -18,60 +18,10 @@ from distill.errors import UserError
 from distill.losses.routing import Routing
 from distill.training.module import DistillationModule
 
+EXAMPLE = (Path(__file__).parents[1] / "assets" / "quoted.log").read_text()
+
+
 FEATURE = "routing_feature_matching_loss"
-EXAMPLE = """
-============================================================
-[TRAIN DEBUG] Step 2100, Batch 2100
-============================================================
-  Progress bar loss: 15.4521
-
-  Raw loss components:
-    kd_loss: 14.7234
-    routing_feature_matching_loss: 0.5123
-    routing_expert_importance_loss: 0.1234
-    routing_load_balancing_loss: 0.0930
-
-  Sum of components: 15.4521
-  Total loss (outputs['loss']): 15.4521
-  Scaled for grad accum: 15.4521
-============================================================
-
-============================================================
-[CURRICULUM] Step 2500, Progress 3.3%
-============================================================
-  Curriculum weights:
-    kd: 0.7000
-    feature: 0.0000
-    attention: 0.0000
-    layerwise: 0.0000
-    contrastive: 0.0000
-============================================================
-
-============================================================
-[KD LOSS] Step 2500
-============================================================
-  Raw KD loss: 20.8756
-  Curriculum weight: 0.7000
-  Weighted KD loss: 14.6129
-============================================================
-
-============================================================
-[ROUTING LOSSES] Step 2500
-============================================================
-  feature_matching_loss:
-    Raw: 412.2341
-    Weight: 0.0000
-    Scaled: 0.0000
-  expert_importance_loss:
-    Raw: 8.7654
-    Weight: 0.0000
-    Scaled: 0.0000
-  attention_alignment_loss:
-    Raw: 4.5678
-    Weight: 0.0000
-    Scaled: 0.0000
-============================================================
-"""
 
 
 def names(diagnosis):

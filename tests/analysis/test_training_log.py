@@ -2,13 +2,16 @@
 
 import math
 import subprocess
+from pathlib import Path
 
 import pytest
-from test_diagnose import EXAMPLE
 
 from distill.analysis.training_log import component_name, read, weight_key
 from distill.curriculum import WEIGHT_KEY
 from helpers.training_log import parse
+
+EXAMPLE = (Path(__file__).parents[1] / "assets" / "quoted.log").read_text()
+
 
 OURS = "\n".join(["", EXAMPLE.replace("\n\n====", "\n\n\n====").strip("\n"), "", ""])
 BAR = "Epoch 0:  3%|  | 100/3000 [00:10<05:00, v_num=0, loss=15.4, kd_loss=14.7]"

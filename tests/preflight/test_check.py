@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from test_memory_estimate import THIRTY_B
 from torch.nn.functional import cross_entropy
 
 from distill.data.rows.table import collate
@@ -35,6 +34,7 @@ from distill.preflight.checks import (
 from distill.preflight.plan import Plan
 from distill.preflight.quick import teacher_nll
 from distill.teachers.online import OnlineTeacher
+from helpers.thirty_billion import THIRTY_B
 from helpers.tiny import tiny_llama
 from helpers.training_log import parse
 

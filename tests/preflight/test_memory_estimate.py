@@ -4,7 +4,7 @@ import resource
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from distill.losses.engine.divergence import KDLoss
 from distill.losses.engine.loss import distillation_loss
@@ -21,6 +21,7 @@ from distill.preflight.memory import (
     trace,
 )
 from distill.teachers.targets import DenseTargets
+from helpers.thirty_billion import THIRTY_B
 
 CONFIG = LlamaConfig(
     vocab_size=1000,
@@ -32,18 +33,6 @@ CONFIG = LlamaConfig(
     tie_word_embeddings=True,
 )
 SHAPE = Shape(rows=2, length=64)
-THIRTY_B = Qwen3MoeConfig(
-    vocab_size=151_936,
-    hidden_size=2048,
-    intermediate_size=6144,
-    num_hidden_layers=48,
-    num_experts=128,
-    num_experts_per_tok=8,
-    moe_intermediate_size=768,
-    num_attention_heads=32,
-    num_key_value_heads=4,
-    head_dim=128,
-)
 
 
 def decode(model, shape):

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from distill.errors import UserError
-from distill.losses import divergence
+from distill.losses.engine import divergence
 from distill.losses.engine.divergence import KDLoss
 from distill.losses.engine.loss import distillation_loss
 from distill.models.head import LMHead

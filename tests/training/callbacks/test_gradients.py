@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from test_two_ranks import fit
 from torch.nn.functional import cross_entropy, kl_div
 
 from distill.errors import UserError
 from distill.training.callbacks.gradients import Gradients
+from helpers.two_ranks import fit
 
 
 def logged(cli, prefix="gradients/"):
