@@ -339,10 +339,12 @@ def test_any_split_of_the_same_tokens_gives_the_same_sums_and_gradients(make, ta
 
     whole, whole_grads = sums_and_grads([[0, 1, 2, 3]])
     parts, parts_grads = sums_and_grads([[2], [0, 3], [1]])
+    # DeepSeek's router multiplies in fp32 whatever the model is, and a CPU may round a row otherwise beside others.
+    tolerance = 1e-5 if make is tiny.tiny_deepseek_v3 else 1e-10
     for name in names:
-        assert number(parts[name]) == pytest.approx(number(whole[name]), rel=1e-10)
+        assert number(parts[name]) == pytest.approx(number(whole[name]), rel=tolerance)
     for a, b in zip(parts_grads, whole_grads, strict=True):
-        assert torch.allclose(a, b, rtol=1e-10, atol=1e-13)
+        assert torch.allclose(a, b, rtol=tolerance, atol=tolerance * 1e-3)
 
 
 @pytest.mark.parametrize("make", [tiny.tiny_qwen3_moe, tiny.tiny_llama])
