@@ -392,7 +392,8 @@ def test_command_writes_where_it_is_told_and_needs_no_torch(folder, tmp_path):
 
 def test_everything_the_page_needs_is_packaged():
     patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    needed = [path.name for path in (ROOT / "src/distill/report").iterdir() if path.is_file() and path.suffix != ".py"]
+    files = (ROOT / "src/distill/analysis/report").iterdir()
+    needed = [path.name for path in files if path.is_file() and path.suffix != ".py"]
     assert sorted(needed) == ["page.css", "page.html", "page.js"]
     assert all(any(fnmatch(name, pattern) for pattern in patterns["distill.analysis.report"]) for name in needed)
 

@@ -2,7 +2,7 @@
 
 The reader is tolerant: it takes our blocks, the earlier trainer's, what `grep -A` leaves of them, lines with a logger's
 prefix, and the short forms in which people quote them (`[TRAIN DEBUG] Total: 15.5`). The price is that a line which it
-cannot place is passed over in silence; `tests/training_log.py` is the strict parser of our own format.
+cannot place is passed over in silence; `tests/helpers/training_log.py` is the strict parser of our own format.
 """
 
 import re

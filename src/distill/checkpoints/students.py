@@ -73,7 +73,7 @@ def load_student(
     """The student of a checkpoint, or any model.
 
     Args:
-        source: a run's `.ckpt` file, or what `load.load_model` takes.
+        source: a run's `.ckpt` file, or what `models.load.load_model` takes.
         tokenizer: source of the tokenizer; by default the checkpoint's, or the model's own.
         dtype: of the weights; by default as a checkpoint has them, and float32 for other sources.
         trust_remote_code: run code that comes with the model or tokenizer.

@@ -128,7 +128,7 @@ def check_lm_head(model: PreTrainedModel, head: LMHead, tolerance: float = 2e-2)
     if theirs_NV.shape != ours_NV.shape or (theirs_NV - ours_NV).abs().max() > tolerance * theirs_NV.abs().max():
         raise UserError(
             f"model: {model.config.model_type} computes its logits in a way that distill does not know; "
-            "add its scale to the table in distill/losses/head.py"
+            "add its scale to the table in distill/models/head.py"
         )
 
 
