@@ -65,17 +65,25 @@ def shuffled(hidden_BLD: Tensor) -> Tensor:
 def top_k_renormalised(targets: DenseTargets, k: int, temperature: float, shared_vocab: int) -> TopKTargets:
     """Top-k targets whose k probabilities are made to sum to one, so that there is no tail."""
     found = top_k_targets(targets, k, temperature, shared_vocab)
-    return replace(found, logprobs_NK=found.logprobs_NK.log_softmax(-1))
+    logprobs_NK = found.logprobs_NK.log_softmax(-1)
+    return replace(found, logprobs_NK=logprobs_NK, log_tail_N=torch.full_like(found.log_tail_N, -torch.inf))
 
 
 def both_renormalised(
-    kd: KDLoss, student_RS: Tensor, targets: TopKTargets, temperature: float, buffers: Any, gradient: bool
+    kd: KDLoss,
+    student_RS: Tensor,
+    ids_RK: Tensor,
+    logprobs_RK: Tensor,
+    log_tail_R: Tensor,
+    temperature: float,
+    buffers: Any,
+    gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Forward KL of two softmaxes over the k ids alone, in the place of the engine's `top_k_rows`."""
-    log_q = (student_RS.gather(1, targets.ids_NK) / temperature).log_softmax(-1)
-    log_p = targets.logprobs_NK.to(log_q.dtype).log_softmax(-1)
+    log_q = (student_RS.gather(1, ids_RK) / temperature).log_softmax(-1)
+    log_p = logprobs_RK.to(log_q.dtype).log_softmax(-1)
     value_R = (log_p.exp() * (log_p - log_q)).sum(-1)
-    return value_R, torch.zeros_like(student_RS).scatter_(1, targets.ids_NK, log_q.exp() - log_p.exp())
+    return value_R, torch.zeros_like(student_RS).scatter_(1, ids_RK, log_q.exp() - log_p.exp())
 
 
 def routing(*names: str, **options: Any) -> dict[str, Any]:
@@ -132,8 +140,8 @@ def moe_arms(draws: int) -> dict[str, Arm]:
         "full": sparse(),
         "top-k + tail": sparse(top_k=TOP_K),
         "sampled": sparse(samples=draws),
-        "top-k renormalised": sparse({"distill.training.objective.top_k_targets": top_k_renormalised}, top_k=TOP_K),
-        "both renormalised": sparse({"distill.losses.engine.walk.top_k_rows": both_renormalised}, top_k=TOP_K),
+        "top-k renormalised": sparse({"distill.teachers.online.top_k_targets": top_k_renormalised}, top_k=TOP_K),
+        "both renormalised": sparse({"distill.teachers.targets.top_k_rows": both_renormalised}, top_k=TOP_K),
         "top-2, feature, tau 1": feature(**aware),
         "all experts": Arm(every, OFF),
         "all experts, feature": replace(feature(), model=feature().model | every),

@@ -4,14 +4,23 @@ Dense targets are exact and carry the teacher's head. Sparse ones are small on d
 probabilities and puts the rest into one bucket, a lower bound of the dense value; samples are unbiased, but for forward
 KL only, and noisy. Both are bound to the temperature that they were made at.
 
+Another kind is a class of its own with the members of `Targets`, in a file of its own.
+
 Shapes: N tokens, D teacher hidden width, V shared vocabulary, K ids kept, S distinct ids drawn.
+R rows and, in what the engine hands over, S shared ids of the student.
 """
 
+import math
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from distill.errors import UserError
+from distill.losses.engine.divergence import KDLoss
+from distill.losses.engine.rows import Buffers, dense_rows, sampled_rows, top_k_rows
+from distill.losses.engine.targets import Targets as Targets
 from distill.models.head import LMHead, logits_dtype, mm_into
 
 _CHUNK_ELEMENTS = 1 << 25  # of logits at a time while sparse targets are made: 128 MiB in fp32
@@ -29,38 +38,123 @@ class DenseTargets:
     hidden_ND: Tensor
     head: LMHead
 
+    @property
+    def head_and_hidden(self) -> tuple[LMHead, Tensor]:
+        """The logits of all tokens, a chunk at a time."""
+        return self.head, self.hidden_ND
 
-@dataclass(frozen=True, eq=False)
-class TopKTargets:
+    @property
+    def whole(self) -> bool:
+        """These logits are the target."""
+        return True
+
+    def shared_vocab(self, student_vocab: int) -> int:
+        """Ids that both sides have: what padding of one vocabulary adds is left out."""
+        return min(student_vocab, self.head.vocab_size)
+
+    def refuse_unsuitable(self, kd: KDLoss, temperature: float, student_vocab: int) -> None:
+        """They serve every run."""
+
+    def divergence(
+        self,
+        kd: KDLoss,
+        student_RS: Tensor,
+        teacher_RV: Tensor | None,
+        rows: slice,
+        temperature: float,
+        buffers: Buffers,
+        gradient: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `Targets.divergence`."""
+        assert teacher_RV is not None
+        return dense_rows(kd, student_RS, teacher_RV[:, : student_RS.shape[1]], temperature, buffers, gradient)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SparseTargets:
+    """What targets on some ids have in common: a temperature and a vocabulary that they were made for.
+
+    Args:
+        temperature: that the probabilities were made at.
+        vocab_size: V, the ids that they were normalised over; the student's softmax is cut to the same.
+    """
+
+    temperature: float
+    vocab_size: int
+
+    @property
+    def head_and_hidden(self) -> None:
+        """They need no logits of the teacher."""
+
+    @property
+    def whole(self) -> bool:
+        """They are a part of a distribution."""
+        return False
+
+    def shared_vocab(self, student_vocab: int) -> int:
+        """Ids that both sides have."""
+        return min(student_vocab, self.vocab_size)
+
+    def refuse_unsuitable(self, kd: KDLoss, temperature: float, student_vocab: int) -> None:
+        """UserError for targets that were made for another run."""
+        if self.vocab_size > student_vocab:
+            raise UserError(
+                f"vocabulary: the teacher's stored targets cover {self.vocab_size} ids but the student has "
+                f"{student_vocab}; make them anew for this student"
+            )
+        if not math.isclose(self.temperature, temperature, rel_tol=1e-6):
+            raise UserError(
+                f"temperature: {temperature:g} but the teacher's stored targets were made at {self.temperature:g}; "
+                "set curriculum.temperature to that constant or make them anew"
+            )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TopKTargets(SparseTargets):
     """The k most probable ids; everything else is one bucket of the remaining probability.
 
     Args:
         ids_NK: distinct ids per row, inside the shared vocabulary, int64.
         logprobs_NK: their log-probabilities under the whole shared vocabulary, not renormalised.
-        temperature: that the probabilities were made at.
-        vocab_size: V, the ids that they were normalised over; the student's softmax is cut to the same.
+        log_tail_N: log of the probability of all other ids together; -inf where there are none. It is stored because
+            1 minus the sum of what was kept is rounding where the teacher is sure.
     """
 
     ids_NK: Tensor
     logprobs_NK: Tensor
-    temperature: float
-    vocab_size: int
+    log_tail_N: Tensor
 
-    def rows(self, rows: slice) -> "TopKTargets":
+    def rows(self, rows: slice) -> Self:
         """The targets of some tokens."""
-        return replace(self, ids_NK=self.ids_NK[rows], logprobs_NK=self.logprobs_NK[rows])
+        return replace(
+            self, ids_NK=self.ids_NK[rows], logprobs_NK=self.logprobs_NK[rows], log_tail_N=self.log_tail_N[rows]
+        )
+
+    def divergence(
+        self,
+        kd: KDLoss,
+        student_RS: Tensor,
+        teacher_RV: Tensor | None,
+        rows: slice,
+        temperature: float,
+        buffers: Buffers,
+        gradient: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `Targets.divergence`."""
+        kept = self.rows(rows)
+        return top_k_rows(
+            kd, student_RS, kept.ids_NK, kept.logprobs_NK, kept.log_tail_N, temperature, buffers, gradient
+        )
 
 
-@dataclass(frozen=True, eq=False)
-class SampledTargets:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SampledTargets(SparseTargets):
     """Ids drawn from the teacher with replacement.
 
     Args:
         ids_NS: ids drawn, inside the shared vocabulary, int64; repetitions add up.
         counts_NS: how often each was drawn; 0 marks an unused place.
         entropy_N: exact entropy of the teacher's distribution in nats.
-        temperature: that the distribution was made at.
-        vocab_size: V, the ids that it was normalised over; the student's softmax is cut to the same.
 
     Source:
         Sparse Logit Sampling, arXiv 2503.16870.
@@ -69,15 +163,32 @@ class SampledTargets:
     ids_NS: Tensor
     counts_NS: Tensor
     entropy_N: Tensor
-    temperature: float
-    vocab_size: int
 
-    def rows(self, rows: slice) -> "SampledTargets":
+    def rows(self, rows: slice) -> Self:
         """The targets of some tokens."""
         return replace(self, ids_NS=self.ids_NS[rows], counts_NS=self.counts_NS[rows], entropy_N=self.entropy_N[rows])
 
+    def refuse_unsuitable(self, kd: KDLoss, temperature: float, student_vocab: int) -> None:
+        """UserError for targets that were made for another run, or a divergence that draws bend."""
+        super().refuse_unsuitable(kd, temperature, student_vocab)
+        if kd.effective != "forward_kl":
+            raise UserError(
+                f"divergence: {kd.divergence} is biased on sampled targets; use forward_kl, or dense or top-k targets"
+            )
 
-Targets = DenseTargets | TopKTargets | SampledTargets
+    def divergence(
+        self,
+        kd: KDLoss,
+        student_RS: Tensor,
+        teacher_RV: Tensor | None,
+        rows: slice,
+        temperature: float,
+        buffers: Buffers,
+        gradient: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `Targets.divergence`."""
+        drawn = self.rows(rows)
+        return sampled_rows(student_RS, drawn.ids_NS, drawn.counts_NS, drawn.entropy_N, temperature, buffers, gradient)
 
 
 def teacher_logprobs(targets: DenseTargets, temperature: float, shared_vocab: int) -> Tensor:
@@ -97,7 +208,7 @@ def _chunked(targets: DenseTargets) -> list[DenseTargets]:
 
 @torch.no_grad()
 def top_k_targets(targets: DenseTargets, k: int, temperature: float, shared_vocab: int | None = None) -> TopKTargets:
-    """Dense targets cut down to k ids per token, (N, D) -> 2 x (N, K).
+    """Dense targets cut down to k ids per token, (N, D) -> 2 x (N, K), (N).
 
     Args:
         targets: the dense ones.
@@ -106,8 +217,20 @@ def top_k_targets(targets: DenseTargets, k: int, temperature: float, shared_voca
         shared_vocab: ids that student and teacher share; the teacher's whole vocabulary when None.
     """
     vocab = targets.head.vocab_size if shared_vocab is None else shared_vocab
-    parts = [teacher_logprobs(t, temperature, vocab).topk(min(k, vocab), dim=-1) for t in _chunked(targets)]
-    return TopKTargets(torch.cat([p.indices for p in parts]), torch.cat([p.values for p in parts]), temperature, vocab)
+    ids, logprobs, tails = [], [], []
+    for part in _chunked(targets):
+        logprobs_NV = teacher_logprobs(part, temperature, vocab)
+        kept = logprobs_NV.topk(min(k, vocab), dim=-1)
+        ids.append(kept.indices)
+        logprobs.append(kept.values)
+        tails.append(logprobs_NV.scatter_(1, kept.indices, -torch.inf).logsumexp(-1))
+    return TopKTargets(
+        ids_NK=torch.cat(ids),
+        logprobs_NK=torch.cat(logprobs),
+        log_tail_N=torch.cat(tails),
+        temperature=temperature,
+        vocab_size=vocab,
+    )
 
 
 @torch.no_grad()
@@ -144,4 +267,10 @@ def sampled_targets(
             .scatter_add_(1, place_NS, torch.ones_like(place_NS, dtype=probs_NV.dtype))
         )
         entropy.append(-torch.xlogy(probs_NV, probs_NV).sum(-1))
-    return SampledTargets(torch.cat(ids), torch.cat(counts), torch.cat(entropy), temperature, vocab)
+    return SampledTargets(
+        ids_NS=torch.cat(ids),
+        counts_NS=torch.cat(counts),
+        entropy_N=torch.cat(entropy),
+        temperature=temperature,
+        vocab_size=vocab,
+    )

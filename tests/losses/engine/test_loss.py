@@ -592,7 +592,7 @@ def test_nothing_waits_for_a_value(kind):
 
 def test_default_chunk_follows_the_memory_budget(monkeypatch):
     seen = []
-    from distill.losses.engine.walk import walk
+    from distill.losses.engine import walk
 
     original = walk._Side.allocate
     monkeypatch.setattr(walk._Side, "allocate", lambda self, tokens: (seen.append(tokens), original(self, tokens)))
@@ -621,7 +621,7 @@ def test_nothing_wanted_costs_nothing():
 )
 def test_a_budget_goes_to_the_chunk_on_any_device(device, threads, budget, share, vocab, monkeypatch):
     """Buffers of the blocks take a few per cent on a CPU of few threads, and about a quarter elsewhere."""
-    from distill.losses.engine.walk import walk
+    from distill.losses.engine import walk
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     chunk, block = walk.sizes([vocab, vocab], torch.empty(100_000, 0, device=device), torch.float32, None)

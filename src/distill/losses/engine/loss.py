@@ -11,19 +11,17 @@ student.
 Shapes: N tokens, D hidden width, V student vocabulary.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from distill.errors import UserError
 from distill.losses.engine.divergence import KDLoss
 from distill.losses.engine.metrics import TokenStats, token_stats_of
+from distill.losses.engine.targets import Targets
 from distill.losses.engine.walk import Task, walk, wide_dtype
 from distill.models.head import LMHead
-from distill.teachers.targets import DenseTargets, SampledTargets, Targets
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +80,7 @@ def distillation_loss(
         kd = None
     if kd is not None:
         assert targets is not None, "KD needs targets"
-        _refuse_unsuitable(targets, kd, temperature, student_head.vocab_size)
+        targets.refuse_unsuitable(kd, temperature, student_head.vocab_size)
     elif not metrics:
         targets = None  # the teacher's head is not even read
         if lm_weight is None:
@@ -92,7 +90,7 @@ def distillation_loss(
     learns = torch.is_grad_enabled() and bool(kd_weight or lm_weight)
     needs = tuple(learns and x is not None and x.requires_grad for x in inputs)
     with torch.no_grad():
-        shared = _shared_vocab(head.vocab_size, targets)
+        shared = head.vocab_size if targets is None else targets.shared_vocab(head.vocab_size)
         task = Task(kd, temperature, kd_weight, lm_weight, shared, metrics, needs)
         values, gradients = walk(student_hidden_ND, head, labels_N, targets, task, chunk_size)
         loss = torch.zeros((), dtype=wide_dtype(student_hidden_ND), device=student_hidden_ND.device)
@@ -103,37 +101,10 @@ def distillation_loss(
         if lm_weight is not None:
             lm_sum = values["lm"].sum()
             loss = loss + lm_weight * lm_sum if lm_weight else loss
-        stats = token_stats_of(values, isinstance(targets, DenseTargets)) if metrics else None
+        stats = token_stats_of(values, targets is not None and targets.whole) if metrics else None
     if any(needs):
         loss = _WithGradients.apply(loss, gradients, *inputs)
     return EngineOutput(loss, kd_sum, lm_sum, stats)
-
-
-def _shared_vocab(student_vocab: int, targets: Targets | None) -> int:
-    """Ids that KD compares, those that both sides have: what padding of one vocabulary adds is left out."""
-    if targets is None:
-        return student_vocab
-    return min(student_vocab, targets.head.vocab_size if isinstance(targets, DenseTargets) else targets.vocab_size)
-
-
-def _refuse_unsuitable(targets: Targets, kd: KDLoss, temperature: float, student_vocab: int) -> None:
-    """UserError for sparse targets that were made for another run."""
-    if isinstance(targets, DenseTargets):
-        return
-    if targets.vocab_size > student_vocab:
-        raise UserError(
-            f"vocabulary: the teacher's stored targets cover {targets.vocab_size} ids but the student has "
-            f"{student_vocab}; make them anew for this student"
-        )
-    if not math.isclose(targets.temperature, temperature, rel_tol=1e-6):
-        raise UserError(
-            f"temperature: {temperature:g} but the teacher's stored targets were made at {targets.temperature:g}; "
-            "set curriculum.temperature to that constant or make them anew"
-        )
-    if isinstance(targets, SampledTargets) and kd.effective != "forward_kl":
-        raise UserError(
-            f"divergence: {kd.divergence} is biased on sampled targets; use forward_kl, or dense or top-k targets"
-        )
 
 
 class _WithGradients(torch.autograd.Function):

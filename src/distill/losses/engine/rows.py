@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from distill.losses.engine.divergence import LOG_FLOOR, KDLoss, divergence_rows_
-from distill.teachers.targets import SampledTargets, TopKTargets
 
 BUFFERS = 7  # 0 to 4 for the functions here and the soft-cap, 5 and 6 for logits that must be widened first
 
@@ -76,49 +75,84 @@ def dense_rows(
 
 
 def top_k_rows(
-    kd: KDLoss, student_RS: Tensor, targets: TopKTargets, temperature: float, buffers: Buffers, gradient: bool
+    kd: KDLoss,
+    student_RS: Tensor,
+    ids_RK: Tensor,
+    logprobs_RK: Tensor,
+    log_tail_R: Tensor,
+    temperature: float,
+    buffers: Buffers,
+    gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Divergence on the k kept ids and one bucket for the rest, (R, S) -> (R), (R, S). Fills buffer 0.
+    """Divergence on the k kept ids and one bucket for the rest, (R, S) -> (R), (R, S). Fills buffers 0 and 1.
 
-    Formula: with d the gradient with respect to bucket logits, ids kept get d, the others q d_tail / q_tail.
+    Formula: with d the gradient with respect to bucket logits, ids kept get d, the others d_tail exp(x) / sum exp(x)
+    over the ids not kept. Neither side's tail is taken as 1 minus what was kept: where the kept ids hold nearly
+    everything, that difference is rounding.
 
-    Args and returns as in `dense_rows`; `targets` are those of the rows.
+    Args:
+        kd, student_RS, temperature, gradient: as in `dense_rows`.
+        ids_RK: ids kept, distinct.
+        logprobs_RK: their log-probabilities under the teacher.
+        log_tail_R: log of the probability that the teacher gives to all others.
+        buffers: two.
+
+    Returns:
+        As `dense_rows`.
     """
-    exp_RS = buffers.get(0, *student_RS.shape)
-    torch.sub(student_RS, student_RS.amax(-1, keepdim=True), out=exp_RS)
-    exp_RS.clamp_min_(LOG_FLOOR).mul_(1 / temperature)
-    kept_RK = exp_RS.gather(1, targets.ids_NK)
-    exp_RS.exp_().scatter_(1, targets.ids_NK, 0.0)
-    tiny = torch.finfo(exp_RS.dtype).tiny
-    tail_R1 = exp_RS.sum(-1, keepdim=True).clamp_min_(tiny)
-    # The tail is summed, not taken as 1 - Q: where the kept ids hold nearly everything, that difference is rounding.
-    log_q = torch.cat([kept_RK, tail_R1.log()], dim=-1)
-    log_q = log_q - torch.logsumexp(log_q, dim=-1, keepdim=True)
-    kept_logprobs_RK = targets.logprobs_NK.to(log_q.dtype).clamp_min(LOG_FLOOR)
-    mass_R1 = kept_logprobs_RK.exp().sum(-1, keepdim=True).clamp_max(1)
-    log_p = torch.cat([kept_logprobs_RK, torch.log1p(-mass_R1).clamp_min(LOG_FLOOR)], dim=-1)
+    rest_RS, tail_RS = (buffers.get(i, *student_RS.shape) for i in range(2))
+    torch.sub(student_RS, student_RS.amax(-1, keepdim=True), out=rest_RS)
+    rest_RS.mul_(1 / temperature).clamp_min_(LOG_FLOOR)
+    kept_RK = rest_RS.gather(1, ids_RK)
+    rest_RS.scatter_(1, ids_RK, 2 * LOG_FLOOR)  # below every id that was not kept, and finite where none is left
+    softmax_into(rest_RS, tail_RS)
+    tail_R1 = rest_RS.amax(-1, keepdim=True) - tail_RS.amax(-1, keepdim=True).log_()
+    # The k + 1 buckets are few: fp64 makes what is nearly one as right as what is nearly nothing.
+    dtype = torch.float32 if student_RS.device.type == "mps" else torch.float64
+    log_q = _bucketed(kept_RK.to(dtype), tail_R1.to(dtype))
+    log_p = _bucketed(logprobs_RK.to(dtype), log_tail_R[:, None].to(dtype))
     value_R, d = divergence_rows_(kd, log_q, log_p, log_q.exp(), log_p.exp(), torch.empty_like(log_q), gradient)
+    value_R = value_R.to(student_RS.dtype)
     if d is None:
         return value_R, None
-    exp_RS.mul_(d[:, -1:] / tail_R1).scatter_(1, targets.ids_NK, d[:, :-1])
-    return value_R, exp_RS
+    d = d.to(student_RS.dtype)
+    return value_R, tail_RS.mul_(d[:, -1:]).scatter_(1, ids_RK, d[:, :-1])
+
+
+def _bucketed(kept_RK: Tensor, tail_R1: Tensor) -> Tensor:
+    """Log-probabilities of k ids and their tail from what they are up to a constant, (R, K + 1), floored."""
+    return torch.cat([kept_RK, tail_R1], dim=-1).log_softmax(-1).clamp_min_(LOG_FLOOR)
 
 
 def sampled_rows(
-    student_RS: Tensor, targets: SampledTargets, temperature: float, buffers: Buffers, gradient: bool
+    student_RS: Tensor,
+    ids_RK: Tensor,
+    counts_RK: Tensor,
+    entropy_R: Tensor,
+    temperature: float,
+    buffers: Buffers,
+    gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Unbiased estimate of the forward KL from draws, (R, S) -> (R), (R, S). Fills buffer 0, overwrites the logits.
 
     Formula: sum_k count_k / N (-log q_k) - H(p)
 
-    Args and returns as in `dense_rows`; `targets` are those of the rows.
+    Args:
+        student_RS, temperature, gradient: as in `dense_rows`.
+        ids_RK: ids drawn.
+        counts_RK: how often.
+        entropy_R: of the teacher's distribution in nats.
+        buffers: one.
+
+    Returns:
+        As `dense_rows`.
     """
     q = buffers.get(0, *student_RS.shape)
     log_q = log_softmax_(student_RS, temperature, q)
-    share_RK = targets.counts_NS.to(q.dtype)
+    share_RK = counts_RK.to(q.dtype)
     share_RK = share_RK / share_RK.sum(-1, keepdim=True)
-    value_R = -(share_RK * log_q.gather(1, targets.ids_NS)).sum(-1) - targets.entropy_N.to(q.dtype)
-    return value_R, q.scatter_add_(1, targets.ids_NS, -share_RK) if gradient else None
+    value_R = -(share_RK * log_q.gather(1, ids_RK)).sum(-1) - entropy_R.to(q.dtype)
+    return value_R, q.scatter_add_(1, ids_RK, -share_RK) if gradient else None
 
 
 def nll_rows(logits_RV: Tensor, labels_R: Tensor, room_RV: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from distill.losses.engine.divergence import KDLoss
-from distill.losses.engine.rows import BUFFERS, Buffers, dense_rows, nll_rows, sampled_rows, statistics_rows, top_k_rows
+from distill.losses.engine.rows import BUFFERS, Buffers, nll_rows, statistics_rows
+from distill.losses.engine.targets import Targets
 from distill.models.head import LMHead, logits_dtype, mm_into
 from distill.models.precision import product_dtype
-from distill.teachers.targets import DenseTargets, SampledTargets, Targets, TopKTargets
 
 _CHUNK_BYTES_CPU = 256 << 20  # of all buffers; more buys nothing once a chunk has a few hundred tokens
 _CHUNK_BYTES_ELSEWHERE = 1 << 30
@@ -137,7 +137,8 @@ def walk(
     """
     tokens, dtype = len(hidden_ND), wide_dtype(hidden_ND)
     student = _Side(hidden_ND, head)
-    teacher = _Side(targets.hidden_ND, targets.head.whole()) if isinstance(targets, DenseTargets) else None
+    source = targets.head_and_hidden if targets is not None else None
+    teacher = _Side(source[1], source[0].whole()) if source is not None else None
     sides = [student, teacher] if teacher else [student]
     chunk_size, block_size = sizes([side.head.vocab_size for side in sides], hidden_ND, dtype, chunk_size)
     for side in sides:
@@ -207,7 +208,8 @@ def _block(
     teacher_RV = teacher.finished(block, buffers.get(6, height, teacher.head.vocab_size)) if teacher else None
     found: dict[str, Tensor] = {}
     if task.metrics:
-        found |= statistics_rows(student_RV, teacher_RV, labels_R, task.shared_vocab, buffers)
+        whole_RV = teacher_RV if targets is not None and targets.whole else None
+        found |= statistics_rows(student_RV, whole_RV, labels_R, task.shared_vocab, buffers)
     kd_grad_RS = lm_grad_RV = slope_RV = None
     softcap = student.head.softcap
     if any(task.needs) and softcap is not None:
@@ -217,16 +219,10 @@ def _block(
         found["lm"], lm_grad_RV = nll_rows(student_RV, labels_R, buffers.get(4, height, vocab), learns)
     if task.kd is not None:
         student_RS, learns = student_RV[:, : task.shared_vocab], any(task.needs) and task.kd_factor > 0
-        if isinstance(targets, TopKTargets):
-            result = top_k_rows(task.kd, student_RS, targets.rows(rows), task.temperature, buffers, learns)
-        elif isinstance(targets, SampledTargets):
-            result = sampled_rows(student_RS, targets.rows(rows), task.temperature, buffers, learns)
-        else:
-            assert teacher_RV is not None
-            result = dense_rows(
-                task.kd, student_RS, teacher_RV[:, : task.shared_vocab], task.temperature, buffers, learns
-            )
-        found["kd"], kd_grad_RS = result
+        assert targets is not None
+        found["kd"], kd_grad_RS = targets.divergence(
+            task.kd, student_RS, teacher_RV, rows, task.temperature, buffers, learns
+        )
     if any(task.needs):
         _combine(gradient_RV, kd_grad_RS, lm_grad_RV, slope_RV, task)
     return found
