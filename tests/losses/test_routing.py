@@ -17,9 +17,9 @@ from distill.losses.layers import spread
 from distill.losses.relation_kl import relation_heads
 from distill.losses.routing import UNIT, Routing
 from distill.losses.states import normalise
+from distill.models.blocks import moe_block
 from distill.models.layers import decoder_layers
 from distill.teachers.experts import Recording
-from distill.teachers.find_experts import moe_block
 from helpers import tiny
 
 FEATURE, IMPORTANCE, BALANCE, ALIGNMENT = UNIT

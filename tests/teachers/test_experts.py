@@ -6,10 +6,11 @@ from torch import nn
 
 from distill.errors import UserError
 from distill.losses.routing_terms import student_aware_route
+from distill.models.blocks import moe_block, moe_layers
 from distill.models.layers import decoder_layers
 from distill.teachers import experts
 from distill.teachers.experts import Recording, mix
-from distill.teachers.find_experts import find_views, moe_block, moe_layers
+from distill.teachers.find_experts import find_views
 from helpers import tiny
 
 MOE = [

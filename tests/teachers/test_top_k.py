@@ -5,9 +5,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from distill.errors import UserError
+from distill.models.blocks import moe_block, moe_layers
 from distill.models.layers import decoder_layers
 from distill.teachers.experts import Recording
-from distill.teachers.find_experts import find_views, moe_block, moe_layers
+from distill.teachers.find_experts import find_views
 from distill.teachers.online import OnlineTeacher
 from helpers import tiny
 

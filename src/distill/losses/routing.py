@@ -32,11 +32,12 @@ from distill.losses.routing_terms import (
     usage_stats,
 )
 from distill.losses.states import apply, normalise
+from distill.models.blocks import moe_layers
 from distill.models.layers import decoder_layers
 from distill.models.precision import full_precision
 from distill.models.trace import valid_rows
 from distill.teachers.experts import Capture, Recording, Routed, View
-from distill.teachers.find_experts import find_views, moe_layers
+from distill.teachers.find_experts import find_views
 
 UNIT = {
     "routing_feature_matching_loss": "tokens",

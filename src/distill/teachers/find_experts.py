@@ -1,9 +1,8 @@
 """Finding a teacher's experts by what its modules are, not by what its family is called.
 
-A MoE block is a module with `experts` and a router that has `top_k`; a dense FFN is a module whose last matrix is known
-by one of five names. Names can lie, so each guess is tried on a few made-up tokens: a router whose weights are neither
-a softmax nor a sigmoid of its logits, or an FFN that does more after its last matrix, is refused in one line. The price
-is that a family with another kind of gate needs code here first.
+Blocks are found by their structure (`models.blocks`). Names can lie, so each guess is tried on a few made-up tokens: a
+router whose weights are neither a softmax nor a sigmoid of its logits, or an FFN that does more after its last matrix,
+is refused in one line. A family with another kind of gate needs code here first.
 """
 
 from typing import Any, Literal
@@ -15,49 +14,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from distill.errors import UserError
+from distill.models.blocks import ffn_block, made_up_tokens, moe_block, moe_layers, num_experts_of, router_of
 from distill.models.layers import decoder_layers
 from distill.models.precision import full_precision
 from distill.teachers.experts import DenseView, MoeView, View, call_router, gate_of_logits
 
 DENSE_EXPERTS, DENSE_K = 8, 2  # without a word from the user
-FFN_NAMES = ("mlp", "feed_forward", "ffn")
-LAST_MATRIX_NAMES = ("down_proj", "c_proj", "w2", "fc2", "dense_4h_to_h")
-
-
-def router_of(block: nn.Module) -> nn.Module | None:
-    """The router beside a block's experts."""
-    return next((child for name in ("gate", "router") if hasattr(child := getattr(block, name, None), "top_k")), None)
-
-
-def moe_block(layer: nn.Module) -> nn.Module | None:
-    """The MoE block of a layer: the first module with `experts` and a router."""
-    return next((m for m in layer.modules() if hasattr(m, "experts") and router_of(m) is not None), None)
-
-
-def num_experts_of(block: nn.Module) -> int:
-    """The number of experts of a MoE block: the length of the experts' weights."""
-    return int(next(block.experts.parameters()).shape[0])  # type: ignore[union-attr]
-
-
-def ffn_block(layer: nn.Module) -> tuple[nn.Module, nn.Module] | None:
-    """A layer's dense FFN and its last matrix."""
-    for name in FFN_NAMES:
-        ffn = getattr(layer, name, None)
-        for last in LAST_MATRIX_NAMES:
-            down = getattr(ffn, last, None)
-            if isinstance(ffn, nn.Module) and isinstance(down, nn.Linear | Conv1D):
-                return ffn, down
-    return None
-
-
-def moe_layers(model: PreTrainedModel) -> list[int]:
-    """0-based indices of the layers with a MoE block; empty for a dense model."""
-    return [index for index, layer in enumerate(decoder_layers(model)) if moe_block(layer) is not None]
-
-
-def made_up_tokens(width: int, like: Tensor) -> Tensor:
-    """Eight fixed states [8, D] of unit scale, without drawing from the random generator."""
-    return torch.arange(8 * width, device=like.device).sin().mul(2**0.5).to(like.dtype).view(8, width)
 
 
 @torch.no_grad()
