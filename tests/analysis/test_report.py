@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import yaml
 
+from distill.analysis import run_files
 from distill.analysis.report import drawing, runs, sections, tables
 from distill.analysis.report.drawing import WIDTH, Chart, Line
 from distill.commands.report import main, report
@@ -126,7 +127,7 @@ def folder(tmp_path) -> Path:
     return write(tmp_path / "lightning_logs" / "version_0")
 
 
-def read(folder: Path) -> runs.Run:
+def read(folder: Path) -> runs.RunHistory:
     return runs.read_runs([folder])[0]
 
 
@@ -189,7 +190,7 @@ def test_of_a_step_logged_twice_the_last_value_counts():
     ],
 )
 def test_horizon_is_the_configured_one_where_the_log_agrees(max_steps, progress, expected):
-    assert runs.horizon_of({"trainer": {"max_steps": max_steps}}, progress) == expected
+    assert run_files.horizon_of({"trainer": {"max_steps": max_steps}}, progress) == expected
 
 
 def test_names_tell_runs_apart_without_the_folder_they_share(tmp_path):

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from distill.analysis.findings import rates, totals, trends, validation, weights
-from distill.analysis.findings.evidence import Finding, Point, Run, load
+from distill.analysis.findings.evidence import Finding, load
 from distill.analysis.findings.printed import LATER, listed, weights_said
+from distill.analysis.run_files import Point, RunFiles
 from distill.commands.arguments import Parser
 
-RULES: tuple[Callable[[Run], list[Finding]], ...] = (
+RULES: tuple[Callable[[RunFiles], list[Finding]], ...] = (
     trends.suspected,
     weights.routing_bypass,
     weights.wrong_weight,
@@ -66,7 +67,7 @@ def diagnose(source: str) -> Diagnosis:
     return Diagnosis(source, found, healthy(run, names), not_judged(run))
 
 
-def healthy(run: Run, names: set[str]) -> list[str]:
+def healthy(run: RunFiles, names: set[str]) -> list[str]:
     """What is in order, with the figures that show it; `names` are those of the findings."""
     sentences = []
     debug, evaluations = run.log.of("TRAIN DEBUG"), run.log.of("Eval")
@@ -97,7 +98,7 @@ def healthy(run: Run, names: set[str]) -> list[str]:
     return sentences
 
 
-def configured(run: Run) -> list[str]:
+def configured(run: RunFiles) -> list[str]:
     """The weight keys of LATER whose components the run has; all of them where there is no configuration to tell."""
     model = run.setting("model")
     if not isinstance(model, dict):
@@ -112,7 +113,7 @@ def fell(points: list[Point]) -> bool:
     return len(points) > 1 and points[-1].value < points[0].value
 
 
-def not_judged(run: Run) -> list[str]:
+def not_judged(run: RunFiles) -> list[str]:
     """What is missing for a judgement."""
     sentences = []
     if not run.log.of("TRAIN DEBUG"):

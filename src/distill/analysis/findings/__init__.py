@@ -1,1 +1,1 @@
-"""Rules over what a run left behind: each takes a `Run` and returns its findings, none where all is well."""
+"""Rules over what a run left behind: each takes its `RunFiles` and returns its findings, none where all is well."""

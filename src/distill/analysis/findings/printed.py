@@ -8,7 +8,7 @@ from bisect import bisect
 from dataclasses import dataclass
 from functools import lru_cache
 
-from distill.analysis.findings.evidence import Run
+from distill.analysis.run_files import RunFiles
 from distill.analysis.training_log import Block, Figure, weight_key
 from distill.curriculum import WEIGHT_KEYS
 
@@ -69,7 +69,7 @@ class Weights:
 
 
 @lru_cache(maxsize=1)  # several rules ask
-def weights_said(run: Run) -> dict[str, Weights]:
+def weights_said(run: RunFiles) -> dict[str, Weights]:
     """Weight key -> what the log and the metrics say of it."""
     said: dict[str, list[Said]] = {}
     for block in run.log.blocks:
@@ -102,7 +102,7 @@ def weight_there(weights: Weights | None, block: Block, rank: int = 2) -> Said |
     return min(found, key=lambda entry: (entry.rank, abs((entry.line or 0) - block.line)), default=None)
 
 
-def weight_near(run: Run, weights: Weights | None, block: Block) -> Said | None:
+def weight_near(run: RunFiles, weights: Weights | None, block: Block) -> Said | None:
     """What is said of a weight where a block stands; None where that cannot be told.
 
     In order: at the same step; next to it in the log, where steps are not printed; between two steps that say the same;

@@ -2,10 +2,11 @@
 
 from itertools import pairwise
 
-from distill.analysis.findings.evidence import Finding, Point, Run, shorten
+from distill.analysis.findings.evidence import Finding, shorten
+from distill.analysis.run_files import Point, RunFiles
 
 
-def learning_rate(run: Run) -> list[Finding]:
+def learning_rate(run: RunFiles) -> list[Finding]:
     """A rate that is zero, or whose warm-up and decay do not fit the run."""
     columns = {
         name: points
@@ -18,12 +19,12 @@ def learning_rate(run: Run) -> list[Finding]:
     if not columns and run.log.rates:
         zero = [figure for figure in run.log.rates if figure.value == 0 and figure.half < 1e-6]
         if zero and len(zero) == len(run.log.rates):
-            lines = [f"{run.name} line {f.line}: {run.log.lines[f.line - 1].strip()[-120:]}" for f in zero]
+            lines = [f"{run.log_name} line {f.line}: {run.log.lines[f.line - 1].strip()[-120:]}" for f in zero]
             findings = [_zero(f"all {len(zero)} that the log shows", lines)]
     return findings or warm_up(run)
 
 
-def zero_rate(run: Run, name: str, points: list[Point]) -> list[Finding]:
+def zero_rate(run: RunFiles, name: str, points: list[Point]) -> list[Finding]:
     """Zeros that are neither the first step of a warm-up nor the end of a decay."""
     zeros = [point for point in points if point.value == 0]
     inner = [point for point in zeros if point not in (points[0], points[-1])]
@@ -44,7 +45,7 @@ def _zero(what: str, evidence: list[str]) -> Finding:
     )
 
 
-def horizon(run: Run, name: str, points: list[Point]) -> list[Finding]:
+def horizon(run: RunFiles, name: str, points: list[Point]) -> list[Finding]:
     """Whether the peak comes where warm-up ends and the floor where the run ends."""
     steps, warmup = run.horizon, run.setting("model.warmup_steps")
     accumulation = run.setting("trainer.accumulate_grad_batches") or 1
@@ -87,7 +88,7 @@ def horizon(run: Run, name: str, points: list[Point]) -> list[Finding]:
     ]
 
 
-def warm_up(run: Run) -> list[Finding]:
+def warm_up(run: RunFiles) -> list[Finding]:
     """A warm-up that is configured to outlast the run."""
     warmup, steps = run.setting("model.warmup_steps"), run.horizon
     if not isinstance(warmup, int) or steps is None or warmup < steps:

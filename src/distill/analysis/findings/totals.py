@@ -2,9 +2,10 @@
 
 import math
 
-from distill.analysis.findings.evidence import Finding, Run, shorten
+from distill.analysis.findings.evidence import Finding, shorten
 from distill.analysis.findings.printed import listed, same
 from distill.analysis.findings.weights import hidden
+from distill.analysis.run_files import RunFiles
 
 NORMALISED = ("routing_feature_matching_loss", "layerwise_loss")  # 1 = predicting nothing, whatever the teacher's scale
 TIMES = 100.0
@@ -15,7 +16,7 @@ CAUSE = {
 }
 
 
-def sum_differs(run: Run) -> list[Finding]:
+def sum_differs(run: RunFiles) -> list[Finding]:
     """TRAIN DEBUG's figures, which come from different places and must agree."""
     evidence: list[str] = []
     causes: list[str] = []
@@ -54,7 +55,7 @@ def sum_differs(run: Run) -> list[Finding]:
     ]
 
 
-def raw_scale(run: Run) -> list[Finding]:
+def raw_scale(run: RunFiles) -> list[Finding]:
     """A component whose raw value dwarfs the others where each was last measured.
 
     Each component's unit is of order one by construction (nats per token, or 1 = predicting nothing), so the others

@@ -8,7 +8,8 @@ import math
 from itertools import pairwise
 from statistics import fmean, median, variance
 
-from distill.analysis.findings.evidence import Finding, Run, raw_readings, shorten
+from distill.analysis.findings.evidence import Finding, raw_readings, shorten
+from distill.analysis.run_files import RunFiles
 
 CONTRADICTING = -0.3  # cosine below which a step along one gradient undoes about a third of the other's
 UNSEEN = 1e-3  # relative change of a validation metric that nobody would call learning
@@ -17,14 +18,14 @@ SUSPICIOUS = "Suspicious: "  # how preflight's lines in the log begin
 ENOUGH = 10  # points for a judgement by statistics
 
 
-def suspected(run: Run) -> list[Finding]:
+def suspected(run: RunFiles) -> list[Finding]:
     """What was found suspicious before the first step."""
     lines = {line.strip(): number for number, line in enumerate(run.log.lines, start=1) if line.startswith(SUSPICIOUS)}
     return [
         Finding(
             "preflight",
             line.removeprefix(SUSPICIOUS),
-            [f"{run.name} line {number}: {line}"],
+            [f"{run.log_name} line {number}: {line}"],
             "this was so before the first step: what the run has learned from it is learned from that",
             "put it right and start anew, unless it is meant; `distill check` shows more about it",
         )
@@ -32,7 +33,7 @@ def suspected(run: Run) -> list[Finding]:
     ]
 
 
-def loss_flat(run: Run) -> list[Finding]:
+def loss_flat(run: RunFiles) -> list[Finding]:
     """A run that has learned nothing that can be seen.
 
     Validation repeats the same tokens, so without sampling noise: flat means that a weight-free metric moved by less
@@ -86,7 +87,7 @@ def loss_flat(run: Run) -> list[Finding]:
     return [Finding(what, f"{name} {how}: {first:.4f} at first, {last:.4f} at last.", evidence, cause, fix)]
 
 
-def jumps(run: Run) -> list[Finding]:
+def jumps(run: RunFiles) -> list[Finding]:
     """Changes of temperature or routed experts at which a loss jumps, so that the jump is not taken for learning."""
     temperature = (
         "the value carries T^2 and compares softer distributions: it is measured on another scale, not worse or better",
@@ -111,7 +112,7 @@ def jumps(run: Run) -> list[Finding]:
     return findings
 
 
-def jump(run: Run, control: str, column: str) -> tuple[str, list[str]] | None:
+def jump(run: RunFiles, control: str, column: str) -> tuple[str, list[str]] | None:
     """The first change of `control` at which `column` moves at least four times as much as it usually does.
 
     Four times the median of its moves elsewhere is what noise hardly reaches; below 10 % nobody sees a jump. The
@@ -137,7 +138,7 @@ def jump(run: Run, control: str, column: str) -> tuple[str, list[str]] | None:
     return None
 
 
-def contradicting_gradients(run: Run) -> list[Finding]:
+def contradicting_gradients(run: RunFiles) -> list[Finding]:
     """Components whose gradient points against KD's most of the time."""
     findings = []
     for column, points in run.metrics.items():
@@ -164,7 +165,7 @@ def contradicting_gradients(run: Run) -> list[Finding]:
     return findings
 
 
-def non_finite(run: Run) -> list[Finding]:
+def non_finite(run: RunFiles) -> list[Finding]:
     """nan and inf anywhere but in what was not measured, and steps that were skipped because of them."""
     found: list[tuple[int, str]] = []
     for block in run.log.blocks:
@@ -180,7 +181,7 @@ def non_finite(run: Run) -> list[Finding]:
     found.sort(key=lambda pair: pair[0])
     evidence = [line for _, line in found]
     first = f", first at step {found[0][0]}" if found else ""
-    if "nonfinite_batch.pt" in run.files:
+    if "nonfinite_batch.pt" in run.names:
         evidence.insert(0, "nonfinite_batch.pt: a batch whose loss or gradient was not finite")
     findings = []
     if evidence:

@@ -7,16 +7,17 @@ a gap that is smaller than what training fell in between is not seen.
 import math
 from typing import TypeVar
 
-from distill.analysis.findings.evidence import Finding, Run, raw_readings, shorten
+from distill.analysis.findings.evidence import Finding, raw_readings, shorten
 from distill.analysis.findings.printed import listed, same, total_of, weight_near, weight_there, weights_said
 from distill.analysis.findings.weights import UNKNOWN_RAW, bypassing
+from distill.analysis.run_files import RunFiles
 from distill.analysis.training_log import Block, Figure, weight_key
 
 GAP = 1.5
 Entry = TypeVar("Entry")
 
 
-def eval_bypass(run: Run) -> list[Finding]:
+def eval_bypass(run: RunFiles) -> list[Finding]:
     """Validation that weighs otherwise than training, or whose loss is not the sum of its parts."""
     said, bypasses = weights_said(run), bypassing(run)
     evidence: list[str] = []
@@ -68,7 +69,7 @@ def eval_bypass(run: Run) -> list[Finding]:
     ]
 
 
-def train_eval_gap(run: Run) -> list[Finding]:
+def train_eval_gap(run: RunFiles) -> list[Finding]:
     """The last validation and the training before it on the same weighting, as totals and told by component.
 
     Lower than the training it counts only where training was read at least three times, lately: losses fall.
@@ -106,7 +107,7 @@ def train_eval_gap(run: Run) -> list[Finding]:
     return []
 
 
-def training_total(run: Run, evaluation: Block) -> tuple[float, str] | None:
+def training_total(run: RunFiles, evaluation: Block) -> tuple[float, str] | None:
     """The largest training total since the evaluation before, else the nearest; with the line that says so."""
     entries = [
         (block.step, block.line, figure.value, run.quote(block, figure))
@@ -124,7 +125,7 @@ def training_total(run: Run, evaluation: Block) -> tuple[float, str] | None:
     return worst and (worst[2], worst[3])
 
 
-def since(run: Run, evaluation: Block, entries: list[tuple[int, Entry]]) -> list[Entry]:
+def since(run: RunFiles, evaluation: Block, entries: list[tuple[int, Entry]]) -> list[Entry]:
     """Those of `(step, entry)` after the evaluation before and up to this one; else the last before, else the first."""
     step = evaluation.step or 0
     previous = max((b.step for b in run.log.of("Eval") if b.step is not None and b.step < step), default=-1)

@@ -3,14 +3,15 @@
 from functools import lru_cache
 from itertools import zip_longest
 
-from distill.analysis.findings.evidence import Finding, Run, shorten
+from distill.analysis.findings.evidence import Finding, shorten
 from distill.analysis.findings.printed import listed, product, same, weight_near, weight_there, weights_said
+from distill.analysis.run_files import RunFiles
 from distill.analysis.training_log import Block, Figure, weight_key
 
 UNKNOWN_RAW = 1000.0  # a raw value that was not printed is taken to be at most this
 
 
-def routing_bypass(run: Run) -> list[Finding]:
+def routing_bypass(run: RunFiles) -> list[Finding]:
     """Components that the curriculum weighs with zero and that contribute all the same."""
     found = bypassing(run)
     if not found:
@@ -28,7 +29,7 @@ def routing_bypass(run: Run) -> list[Finding]:
 
 
 @lru_cache(maxsize=1)  # several rules ask
-def bypassing(run: Run) -> dict[str, list[str]]:
+def bypassing(run: RunFiles) -> dict[str, list[str]]:
     """Components that bypass a weight of zero, each with the lines that show it."""
     said = weights_said(run)
     found: dict[str, list[str]] = {}
@@ -57,7 +58,7 @@ def bypassing(run: Run) -> dict[str, list[str]]:
     return found
 
 
-def wrong_weight(run: Run) -> list[Finding]:
+def wrong_weight(run: RunFiles) -> list[Finding]:
     """Parts that are not raw x weight, or are weighed otherwise than CURRICULUM says, at weights above zero."""
     said, bypasses = weights_said(run), bypassing(run)
     found: dict[str, list[str]] = {}
@@ -84,7 +85,7 @@ def wrong_weight(run: Run) -> list[Finding]:
     ]
 
 
-def hidden(run: Run, block: Block) -> tuple[str, str] | None:
+def hidden(run: RunFiles, block: Block) -> tuple[str, str] | None:
     """The component of weight zero whose raw value is what the total has above the sum of its parts, and its line."""
     total, parts = block.figures.get("total"), listed(block)
     if total is None or parts is None or same(total, parts):
@@ -99,7 +100,7 @@ def hidden(run: Run, block: Block) -> tuple[str, str] | None:
     return None
 
 
-def raw_near(run: Run, component: str, block: Block) -> Figure | None:
+def raw_near(run: RunFiles, component: str, block: Block) -> Figure | None:
     """The component's raw value as printed at the block's step, or in the log around a block without a step."""
     found = [
         (abs(other.line - block.line), parts.raw)

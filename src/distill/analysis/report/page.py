@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 
 from distill.analysis.report import sections, tables
 from distill.analysis.report.drawing import Chart, Drawing, draw, surface
-from distill.analysis.report.runs import Run
+from distill.analysis.report.runs import RunHistory
 from distill.version import __version__
 
 
@@ -42,7 +42,7 @@ class Figure:
     summary: str
 
 
-def render(runs: list[Run]) -> str:
+def render(runs: list[RunHistory]) -> str:
     """The page of these runs, the first one first."""
     template = environment().from_string(asset("page.html"))
     numbers, axes = count(), surface()
@@ -86,7 +86,7 @@ def asset(name: str) -> str:
     return files("distill.analysis.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def facts_of(runs: list[Run]) -> list[tuple[str, list[tuple[str, str]]]]:
+def facts_of(runs: list[RunHistory]) -> list[tuple[str, list[tuple[str, str]]]]:
     """`(run's name, its facts)`: first without a name those that all share, then what sets each run apart."""
     told = [facts(run) for run in runs]
     shared = [fact for fact in told[0] if all(fact in own for own in told)]
@@ -94,7 +94,7 @@ def facts_of(runs: list[Run]) -> list[tuple[str, list[tuple[str, str]]]]:
     return [row for row in [("", shared), *rows] if row[1]]
 
 
-def facts(run: Run) -> list[tuple[str, str]]:
+def facts(run: RunHistory) -> list[tuple[str, str]]:
     """What one wants to know of a run before its figures."""
     student = run.setting("model.student") or run.setting("model.student_layers") or run.setting("model.student_config")
     of_layers = run.setting("model.student") is None and isinstance(student, int | list)

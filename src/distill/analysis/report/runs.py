@@ -1,21 +1,18 @@
-"""What a run left in its folder, read leniently: whatever is missing or damaged becomes a sentence, not an error.
+"""A run's metrics as series over its steps; whatever is missing or damaged becomes a sentence, not an error.
 
 metrics.csv is exact and sparse (every `log_every_n_steps` steps); training.log has the first steps, components of
 weight zero and the validation before training, to four decimals. Both go into the same series, the exact value first.
-Nothing heavy is imported, so that a report of a finished run takes seconds.
 """
 
-import csv
-import io
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from distill.analysis import training_log
+from distill.analysis.run_files import RunFiles, read_folder
+from distill.analysis.training_log import Figure, TrainingLog
 from distill.curriculum import WEIGHT_KEY
 from distill.errors import UserError
 
@@ -38,26 +35,22 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run as far as its folder tells.
+class RunHistory:
+    """One run over its steps, as far as its folder tells.
 
     Args:
         name: the folder's name, with its parents' where several runs share it.
         folder: where it lies.
+        files: what it holds.
         series: metric name -> its values.
-        config: config.yaml as nested dictionaries, empty where there is none.
-        config_text: config.yaml as written.
-        environment: environment.yaml, empty where there is none.
         horizon: optimizer steps that the curriculum reckoned with, None where nothing tells.
         absent: a sentence for each piece that is missing or damaged.
     """
 
     name: str
     folder: Path
+    files: RunFiles
     series: dict[str, Series]
-    config: dict[str, Any]
-    config_text: str
-    environment: dict[str, Any]
     horizon: int | None
     absent: list[str] = field(default_factory=list)
 
@@ -67,14 +60,11 @@ class Run:
         return {name: series for name, series in found.items() if series is not None}
 
     def setting(self, key: str) -> Any:
-        """A configuration value by its dotted key, None where it is not there."""
-        value: Any = self.config
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        return value
+        """The configuration's value at a dotted key, None where it is not there."""
+        return self.files.setting(key)
 
 
-def read_runs(folders: list[Path]) -> list[Run]:
+def read_runs(folders: list[Path]) -> list[RunHistory]:
     """Reads each folder; of two that share their last name the parents' are told too.
 
     Raises:
@@ -94,46 +84,48 @@ def read_runs(folders: list[Path]) -> list[Run]:
     return [read_run(path, "/".join(own[-depth:])) for path, own in zip(paths, parts, strict=True)]
 
 
-def read_run(folder: Path, name: str) -> Run:
+def read_run(folder: Path, name: str) -> RunHistory:
     """Reads one run's folder.
 
     Raises:
         UserError: it holds neither metrics.csv nor training.log nor config.yaml.
     """
-    absent: list[str] = []
-    series: dict[str, Series] = {}
-    log_series: dict[str, Series] = {}
-    progress: list[tuple[int, float]] = []
-    files = {part: folder / part for part in ("metrics.csv", "training.log", "config.yaml")}
-    if not any(path.is_file() for path in files.values()):
+    needed = ("metrics.csv", "training.log", "config.yaml")
+    if not any((folder / part).is_file() for part in needed):
         raise UserError(
-            f"RUN: {folder} has no {', '.join(files)}: give a run's folder, such as lightning_logs/version_0"
+            f"RUN: {folder} has no {', '.join(needed)}: give a run's folder, such as lightning_logs/version_0"
         )
-    if files["metrics.csv"].is_file():
-        series = read_metrics(files["metrics.csv"].read_text(encoding="utf-8", errors="replace"))
-        if not series:
-            absent.append("metrics.csv holds no values yet.")
-    else:
-        absent.append("metrics.csv is not there: what only it knows is left out.")
-    if files["training.log"].is_file():
-        log_series, progress = read_log(files["training.log"].read_text(encoding="utf-8", errors="replace"))
-    else:
-        absent.append(
-            "training.log is not there: raw values at weight zero and the scaled ones of validation are left out."
-        )
-    config, text = read_yaml(files["config.yaml"], absent)
-    environment, told = read_yaml(folder / "environment.yaml", absent)
-    if not told:
-        absent.append("environment.yaml is not there: the run did not write down its versions and devices.")
+    files = read_folder(folder)
+    series = series_of_metrics(files)
+    absent = missing(files, series)
     weights = {metric for metric in series if metric.startswith("curriculum/")}
-    for metric, found in log_series.items():
+    for metric, found in series_of_log(files.log).items():
         if not metric.startswith("curriculum/") or metric in weights or not weights:
             series[metric] = merge(series.get(metric), found)
-    series = after(series, environment.get("resumed_from"), folder)
-    horizon = horizon_of(config, progress)
+    series = after(series, files.environment.values.get("resumed_from"), folder)
+    horizon = files.horizon
     if horizon is not None and any(found.steps[-1] >= horizon for found in series.values()):
         horizon = None  # this configuration is not the one that the run had
-    return Run(name, folder, series, config, text, environment, horizon, absent)
+    return RunHistory(name, folder, files, series, horizon, absent)
+
+
+def missing(files: RunFiles, series: dict[str, Series]) -> list[str]:
+    """A sentence for each file that is not there, or of which nothing can be read."""
+    sentences = []
+    if "metrics.csv" not in files.names:
+        sentences.append("metrics.csv is not there: what only it knows is left out.")
+    elif not series:
+        sentences.append("metrics.csv holds no values yet.")
+    if "training.log" not in files.names:
+        sentences.append(
+            "training.log is not there: raw values at weight zero and the scaled ones of validation are left out."
+        )
+    for name, yaml in (("config.yaml", files.config), ("environment.yaml", files.environment)):
+        if name in files.names and not yaml.values:
+            sentences.append(f"{name} is not readable YAML.")
+    if not files.environment.text:
+        sentences.append("environment.yaml is not there: the run did not write down its versions and devices.")
+    return sentences
 
 
 def after(series: dict[str, Series], checkpoint: Any, folder: Path) -> dict[str, Series]:
@@ -151,29 +143,15 @@ def after(series: dict[str, Series], checkpoint: Any, folder: Path) -> dict[str,
     return series
 
 
-def read_metrics(text: str) -> dict[str, Series]:
-    """Metric -> series of Lightning's metrics.csv; a last line that a kill cut off is left out."""
-    rows = csv.reader(io.StringIO(text[: text.rfind("\n") + 1]))
-    header = next(rows, [])
-    if "step" not in header:
-        return {}
-    place = header.index("step")
-    kept = [row for row in rows if len(row) == len(header) and row[place].isdigit()]
-    series: dict[str, Series] = {}
-    for name, column in zip(header, zip(*kept, strict=True), strict=False):
-        filled = [i for i, cell in enumerate(column) if cell]
-        if filled and name not in ("step", "epoch"):
-            steps = [int(kept[i][place]) for i in filled]
-            series[name] = make_series(steps, [number(column[i]) for i in filled])
+def series_of_metrics(files: RunFiles) -> dict[str, Series]:
+    """Metric -> series of metrics.csv; lines that a kill cut off are left out."""
+    doubtful = files.table.doubtful
+    series = {}
+    for metric, points in files.metrics.items():
+        kept = [point for point in points if point.line not in doubtful] if doubtful else points
+        if kept:
+            series[metric] = make_series([point.step for point in kept], [point.value for point in kept])
     return series
-
-
-def number(cell: str) -> float:
-    """A cell's value; nan where it is none."""
-    try:
-        return float(cell)
-    except ValueError:
-        return math.nan
 
 
 def make_series(steps: list[int], values: list[float]) -> Series:
@@ -195,60 +173,27 @@ def merge(exact: Series | None, rounded: Series) -> Series:
     return Series(steps[order], np.concatenate([exact.values, rounded.values[extra]])[order])
 
 
-def read_log(text: str) -> tuple[dict[str, Series], list[tuple[int, float]]]:
-    """Series of the blocks of training.log under the names of metrics.csv, and `(step, progress)` of the curriculum."""
+def series_of_log(log: TrainingLog) -> dict[str, Series]:
+    """Series of the blocks of training.log, under the names of metrics.csv."""
     points: dict[str, tuple[list[int], list[float]]] = {}
-    progress: list[tuple[int, float]] = []
 
-    def add(metric: str, step: int, figure: training_log.Figure | None) -> None:
+    def add(metric: str, step: int, figure: Figure | None) -> None:
         if figure is not None and not math.isnan(figure.value):  # nan: not measured
             steps, values = points.setdefault(metric, ([], []))
             steps.append(step)
             values.append(figure.value)
 
-    for block in training_log.read(text).of("CURRICULUM", "KD LOSS", "ROUTING LOSSES", "Eval"):
+    for block in log.of("CURRICULUM", "KD LOSS", "ROUTING LOSSES", "Eval"):
         if block.step is None:
             continue
-        if block.progress is not None:
-            progress.append((block.step, block.progress))
         stage = "val" if block.kind == "Eval" else "train"
-        add("val/loss", block.step, block.figures.pop("loss", None))
         for key, figure in block.figures.items():
-            add(f"curriculum/{key}", block.step, figure)
+            add("val/loss" if stage == "val" else f"curriculum/{key}", block.step, figure)
         for name, parts in block.components.items():
             add(f"{stage}/{name}", block.step, parts.raw)
             if stage == "val":
                 add(f"val/{name}_scaled", block.step, parts.scaled)
-    return {metric: make_series(*column) for metric, column in points.items()}, progress
-
-
-def read_yaml(path: Path, absent: list[str]) -> tuple[dict[str, Any], str]:
-    """A YAML mapping and its text; empty, with a sentence in `absent`, where there is none."""
-    if not path.is_file():
-        return {}, ""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    try:
-        loaded = yaml.safe_load(text)
-    except yaml.YAMLError:
-        loaded = None
-    if not isinstance(loaded, dict):
-        absent.append(f"{path.name} is not readable YAML.")
-        return {}, text
-    return loaded, text
-
-
-def horizon_of(config: dict[str, Any], progress: list[tuple[int, float]]) -> int | None:
-    """Optimizer steps of the whole run: as configured where the log's rounded progress agrees, else by the log."""
-    trainer = config.get("trainer")
-    configured = trainer.get("max_steps") if isinstance(trainer, dict) else None
-    configured = configured if isinstance(configured, int) and configured > 0 else None
-    told = max(((step, share) for step, share in progress if step > 0 and share > 0), default=None)
-    if told is None:
-        return configured
-    step, share = told
-    if configured is not None and math.isclose(step / configured, share, abs_tol=6e-4):
-        return configured
-    return round(step / share)
+    return {metric: make_series(*column) for metric, column in points.items()}
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

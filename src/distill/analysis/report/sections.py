@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from distill.analysis.report.drawing import COLOURS, Chart, Line
-from distill.analysis.report.runs import Run
+from distill.analysis.report.runs import RunHistory
 from distill.curriculum import WEIGHT_KEY, WEIGHT_KEYS, value_at
 
 COLOUR = {name: index for index, name in enumerate(WEIGHT_KEY)}
@@ -48,7 +48,7 @@ def colour_of(index: int) -> int:
 
 
 def overlay(
-    runs: list[Run], metric: str, title: str, unit: str, marked: bool = True, **options: object
+    runs: list[RunHistory], metric: str, title: str, unit: str, marked: bool = True, **options: object
 ) -> Chart | None:
     """One chart with a line for each run that logged the metric; None where none did."""
     lines = []
@@ -63,7 +63,7 @@ def overlay(
     return Chart(title, unit, lines, **options) if lines else None  # type: ignore[arg-type]
 
 
-def with_teacher(runs: list[Run], chart: Chart | None, metric: str) -> Chart | None:
+def with_teacher(runs: list[RunHistory], chart: Chart | None, metric: str) -> Chart | None:
     """The chart with the teacher's line, or with several where the runs' teachers differ."""
     if chart is None:
         return None
@@ -86,7 +86,7 @@ def only(charts: Iterable[Chart | None]) -> list[Chart]:
     return [chart for chart in charts if chart is not None]
 
 
-def outcome(runs: list[Run]) -> list[Chart]:
+def outcome(runs: list[RunHistory]) -> list[Chart]:
     """The charts beside the table: KL, agreement and perplexity, and training against validation."""
     perplexity = overlay(runs, "val/student_perplexity", "Perplexity", "on the validation set", logarithmic=True)
     return only(
@@ -100,7 +100,7 @@ def outcome(runs: list[Run]) -> list[Chart]:
     )
 
 
-def agreement(runs: list[Run]) -> Chart | None:
+def agreement(runs: list[RunHistory]) -> Chart | None:
     """Agreement of the likeliest token, and of the teacher's five likeliest where that was logged."""
     chart = overlay(runs, "val/top1_agreement", "Agreement", "share of tokens", from_zero=True)
     five = overlay(runs, "val/top5_agreement", "", "")
@@ -111,7 +111,7 @@ def agreement(runs: list[Run]) -> Chart | None:
     return chart
 
 
-def train_and_validation(runs: list[Run]) -> Chart | None:
+def train_and_validation(runs: list[RunHistory]) -> Chart | None:
     """Both totals on the same weighting."""
     lines = []
     for index, run in enumerate(runs):
@@ -126,7 +126,7 @@ def train_and_validation(runs: list[Run]) -> Chart | None:
     return Chart("Training and validation loss", "weighted total", lines, note=note) if lines else None
 
 
-def weight_free(runs: list[Run]) -> Section:
+def weight_free(runs: list[RunHistory]) -> Section:
     """The other metrics that no weight enters."""
     nll = overlay(runs, "val/student_nll", "Negative log-likelihood", "nats per token")
     entropy = overlay(runs, "val/student_entropy", "Entropy of the prediction", "nats per token")
@@ -143,7 +143,7 @@ def weight_free(runs: list[Run]) -> Section:
     return section
 
 
-def losses(runs: list[Run]) -> Section:
+def losses(runs: list[RunHistory]) -> Section:
     """Curriculum, scaled and raw components of each run, a row for each."""
     section = Section("losses", "Curriculum and components")
     for run in runs:
@@ -164,7 +164,7 @@ def losses(runs: list[Run]) -> Section:
     return section
 
 
-def curriculum(run: Run) -> Chart | None:
+def curriculum(run: RunHistory) -> Chart | None:
     """Weights as logged, over progress, on the lines that the configuration plans."""
     weights = {key: run.series[f"curriculum/{key}"] for key in KEY_COLOUR if f"curriculum/{key}" in run.series}
     if not weights:
@@ -187,7 +187,7 @@ def curriculum(run: Run) -> Chart | None:
     return Chart("Curriculum", "weight", lines, x_label="step" if horizon is None else "progress", note=note)
 
 
-def targets(run: Run) -> Chart | None:
+def targets(run: RunHistory) -> Chart | None:
     """KD temperature and number of experts."""
     found = {name: run.series.get(f"curriculum/{name}") for name in ("temperature", "top_k_experts")}
     lines = [
@@ -198,7 +198,7 @@ def targets(run: Run) -> Chart | None:
     return Chart("Temperature and experts", "curriculum", lines, from_zero=True) if lines else None
 
 
-def scaled(run: Run, stage: str, title: str) -> Chart | None:
+def scaled(run: RunHistory, stage: str, title: str) -> Chart | None:
     """Scaled components on top of each other, with the total that they must add up to."""
     parts, total = run.components(f"{stage}/{{}}_scaled"), run.series.get(f"{stage}/loss")
     if not parts or total is None:
@@ -218,7 +218,7 @@ def scaled(run: Run, stage: str, title: str) -> Chart | None:
     return Chart(title, "raw x weight, stacked", lines, stacked=stacked, note=note)
 
 
-def components(run: Run, stage: str, title: str) -> Chart | None:
+def components(run: RunHistory, stage: str, title: str) -> Chart | None:
     """Raw values before the curriculum."""
     kind = "marked" if stage == "val" else "line"
     lines = [
@@ -228,7 +228,7 @@ def components(run: Run, stage: str, title: str) -> Chart | None:
     return Chart(title, "before weighting", lines, logarithmic=True) if lines else None
 
 
-def optimisation(runs: list[Run]) -> Section:
+def optimisation(runs: list[RunHistory]) -> Section:
     """Learning rate, gradients, throughput and memory: what all runs share first, then each run's components."""
     section = Section("optimisation", "Optimisation, throughput and memory")
     rates = rate_chart(runs)
@@ -261,7 +261,7 @@ def optimisation(runs: list[Run]) -> Section:
     return section
 
 
-def rate_chart(runs: list[Run]) -> Chart | None:
+def rate_chart(runs: list[RunHistory]) -> Chart | None:
     """Learning rates; of parameter groups with the same rate only one."""
     lines: list[Line] = []
     for index, run in enumerate(runs):
@@ -276,7 +276,7 @@ def rate_chart(runs: list[Run]) -> Chart | None:
     return Chart("Learning rate", "per step", lines) if lines else None
 
 
-def gradients(run: Run, figure: str, title: str, unit: str, **options: object) -> Chart | None:
+def gradients(run: RunHistory, figure: str, title: str, unit: str, **options: object) -> Chart | None:
     """`gradients/<name>_norm` or `_cosine` of one run."""
     lines = []
     for metric, series in run.series.items():
@@ -288,7 +288,7 @@ def gradients(run: Run, figure: str, title: str, unit: str, **options: object) -
     return Chart(title, unit, lines, **options) if lines else None  # type: ignore[arg-type]
 
 
-def routing(runs: list[Run]) -> Section:
+def routing(runs: list[RunHistory]) -> Section:
     """What the routing losses saw of the experts: a row of charts for each run."""
     section = Section("routing", "Expert usage")
     for run in runs:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from distill.analysis.report.drawing import Chart
-from distill.analysis.report.runs import Run, flat
+from distill.analysis.report.runs import RunHistory, flat
 
 NONE = "\N{EN DASH}"  # in place of a figure that is not there
 POINTS = 100  # rows of a chart's table for each series
@@ -43,36 +43,36 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1e3 else f"{value:.4f}"
 
 
-def last(metric: str) -> Callable[[Run], float | None]:
+def last(metric: str) -> Callable[[RunHistory], float | None]:
     """Reads a metric's last value."""
     return lambda run: run.series[metric].last if metric in run.series else None
 
 
-def lowest_kl(run: Run) -> float | None:
+def lowest_kl(run: RunHistory) -> float | None:
     """The lowest KL of all validations."""
     series = run.series.get("val/kl_div_T1")
     finite = series.values[np.isfinite(series.values)] if series is not None else np.empty(0)
     return float(finite.min()) if len(finite) else None
 
 
-def quotient(above: str, below: str) -> Callable[[Run], float | None]:
+def quotient(above: str, below: str) -> Callable[[RunHistory], float | None]:
     """Reads the ratio of two metrics' last values."""
 
-    def read(run: Run) -> float | None:
+    def read(run: RunHistory) -> float | None:
         a, b = last(above)(run), last(below)(run)
         return None if a is None or not b else a / b
 
     return read
 
 
-def median_speed(run: Run) -> float | None:
+def median_speed(run: RunHistory) -> float | None:
     """Median throughput."""
     series = run.series.get("train/tokens_per_s")
     return None if series is None else float(np.median(series.values))
 
 
 # label, metric or what it is, how to read it, sign of better (-1 = less), whether it stands back
-SUMMARY: tuple[tuple[str, str, Callable[[Run], float | None], int, bool], ...] = (
+SUMMARY: tuple[tuple[str, str, Callable[[RunHistory], float | None], int, bool], ...] = (
     ("KL to the teacher", "val/kl_div_T1", last("val/kl_div_T1"), -1, False),
     ("lowest", "of all validations", lowest_kl, -1, True),
     ("Top-1 agreement", "val/top1_agreement", last("val/top1_agreement"), 1, False),
@@ -89,7 +89,7 @@ SUMMARY: tuple[tuple[str, str, Callable[[Run], float | None], int, bool], ...] =
 )
 
 
-def summary(runs: list[Run], comparable: bool) -> list[Row]:
+def summary(runs: list[RunHistory], comparable: bool) -> list[Row]:
     """The figures that people compare, rows that no run has left out; the best of a row only where runs compare."""
     rows = [Row("Steps", "done / planned", [Cell(steps(run)) for run in runs])]
     for label, metric, read, sign, minor in SUMMARY:
@@ -103,15 +103,15 @@ def summary(runs: list[Run], comparable: bool) -> list[Row]:
     return rows
 
 
-def steps(run: Run) -> str:
+def steps(run: RunHistory) -> str:
     """Optimizer steps done, of how many."""
     done = max((int(series.steps[-1]) + 1 for series in run.series.values() if len(series.steps)), default=0)
     return f"{done:,}" if run.horizon is None else f"{done:,} / {run.horizon:,}"
 
 
-def differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
+def differences(runs: list[RunHistory]) -> list[tuple[str, list[str]]]:
     """Configuration keys in which runs differ, with each one's value; empty for a single run."""
-    configs = [flat(run.config) for run in runs]
+    configs = [flat(run.files.config.values) for run in runs]
     keys = dict.fromkeys(key for config in configs for key in config)
     rows = [(key, [str(config.get(key, NONE)) for config in configs]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
