@@ -1,34 +1,31 @@
 """The data of a distillation run: documents in, batches out that carry the unit counts of their optimizer step.
 
-Tables are packed once into a cache and read by row number; streams are packed while they train. The price of offering
-both is that a stream needs `trainer.max_steps` and takes its validation rows from elsewhere or by content.
+Tables are packed once into a cache and read by row number; streams are packed while they train, so that a stream needs
+`trainer.max_steps`, and takes its validation rows from elsewhere or by content.
 """
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import numpy as np
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from distill.data.documents.chat import Chat, read_template
-from distill.data.documents.files import load_documents, open_stream, place_of
+from distill.data.documents.files import load_documents, place_of
 from distill.data.documents.forms import FormOption, form_of
 from distill.data.documents.sources import Source, sources_of, validation_sources
-from distill.data.order.loader import ResumableLoader
+from distill.data.order.loader import Reader, ResumableLoader, training_loader, validation_loader
 from distill.data.order.mixing import split_rows
-from distill.data.order.sampler import EveryRowOnce, StepSampler
-from distill.data.order.stream import Stream, StreamBatches, beginning, validation_rows
-from distill.data.order.stream_loader import StreamLoader
+from distill.data.order.stream import Stream, open_streams, validation_rows
+from distill.data.order.stream_loader import StreamLoader, stream_loader
 from distill.data.rows.packing import Packer, encoder_of, features, fingerprint, pack
 from distill.data.rows.statistics import describe_read, describe_rows, describe_stream, describe_table
-from distill.data.rows.table import PackedRows, as_is
+from distill.data.rows.table import PackedRows
 from distill.errors import UserError
 from distill.models.load import load_tokenizer
-from distill.stop_signals import leave_signals_to_the_run
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -225,20 +222,13 @@ class DistillationDataModule(L.LightningDataModule):
     def _setup_streams(self) -> None:
         from datasets import Dataset
 
-        def opened(source: Source, key: str, held_out: float) -> Stream:
-            documents, columns = open_stream(source.dataset, **source.options(), key=key)
-            encoder = replace(encoder_of(self.tokenizer, self.chat), place=partial(beginning, source.dataset))
-            packer = Packer(encoder, self.sequence_length, self.packing)
-            return Stream(documents, columns, packer, self.shuffle_buffer, self.seed, held_out, source.weight or 1.0)
-
+        packer = Packer(encoder_of(self.tokenizer, self.chat), self.sequence_length, self.packing)
+        opened = partial(open_streams, packer=packer, block=self.shuffle_buffer, seed=self.seed)
         held_out = 0.0 if isinstance(self.validation_split, str) else self.validation_split
-        self.streams = [opened(source, "data.dataset", held_out) for source in self.sources]
-        if len(self.streams) > 1 and not self._weights():
-            raise UserError("data.dataset: streams have no known length to be mixed by; give every part a weight")
+        self.streams = opened([(source, "data.dataset") for source in self.sources], held_out=held_out)
         for stream in self.streams:
             rank_zero_info(describe_stream(*stream.first_block(), form_of(list(stream.columns)), self.sequence_length))
-        elsewhere = validation_sources(self.sources, self.validation_split)
-        validating = [opened(*where, 0.0) for where in elsewhere] or self.streams
+        validating = opened(validation_sources(self.sources, self.validation_split)) or self.streams
         rows = validation_rows(validating, self.max_validation_sequences or STREAM_VALIDATION)
         if not rows:
             raise UserError(
@@ -254,20 +244,16 @@ class DistillationDataModule(L.LightningDataModule):
         if stage == "fit" and self._stream_loader is not None:
             rank_zero_info(describe_read(self._stream_loader.counts()))
 
-    def _ranks(self) -> dict[str, int]:
-        """Rank and world size, once it is sure that Lightning won't deal out the rows a second time."""
-        trainer = self.trainer
-        if trainer is None:
-            return {"rank": 0, "world_size": 1}
-        if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
-            raise UserError(
-                "trainer.use_distributed_sampler: true deals out rows that are dealt out already; set it to false"
-            )
-        return {"rank": trainer.global_rank, "world_size": trainer.world_size}
-
-    def _options(self) -> dict[str, Any]:
-        options = {"num_workers": self.num_workers, "collate_fn": as_is, "pin_memory": torch.cuda.is_available()}
-        return options | {"worker_init_fn": leave_signals_to_the_run}
+    def _reader(self) -> Reader:
+        """How this process reads, once it is sure that Lightning won't deal out the rows a second time."""
+        trainer, ranks = self.trainer, {}
+        if trainer is not None:
+            if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+                raise UserError(
+                    "trainer.use_distributed_sampler: true deals out rows that are dealt out already; set it to false"
+                )
+            ranks = {"rank": trainer.global_rank, "world_size": trainer.world_size}
+        return Reader(self.per_device_batch_size, self.num_workers, self.seed, **ranks)
 
     def train_dataloader(self) -> ResumableLoader | StreamLoader:
         """Training rows in the order of (seed, epoch), or the streams; resumable anywhere."""
@@ -276,32 +262,14 @@ class DistillationDataModule(L.LightningDataModule):
                 f"trainer.overfit_batches: {overfit} would reorder the rows; set data.max_sequences instead"
             )
         self._check()
-        ranks = self._ranks()
-        layout: dict[str, Any] = {
-            "data.seed": self.seed,
-            "data.per_device_batch_size": self.per_device_batch_size,
-            "trainer.devices": ranks["world_size"],
-            "read": self._read(),
-        }
+        reader, read = self._reader(), self._read()
         if self.streaming:
-            options = [stream.packer.encoder.key(form_of(list(stream.columns))) for stream in self.streams]
             sources = [repr(source) for source in self.sources]
-            layout["data"] = fingerprint(options, sources, self.packing, self.sequence_length, self.validation_split)
-            layout |= {"data.num_workers": self.num_workers, "data.shuffle_buffer": self.shuffle_buffer}
-            batches = StreamBatches(
-                self.streams, self.per_device_batch_size, self._pad_id(), **ranks, workers=self.num_workers
-            )
-            self._stream_loader = StreamLoader(batches, self.trainer, layout, **self._options())
+            made_of = [sources, self.packing, self.sequence_length, self.validation_split]
+            self._stream_loader = stream_loader(self.streams, reader, self.trainer, read, made_of, self._pad_id())
             return self._stream_loader
-        rows = self.train_rows
-        assert rows is not None
-        layout["data"] = fingerprint(rows.table._fingerprint, rows.indices.size, self.validation_split, self._parts)
-        layout["data.group_by_length"] = self.group_by_length
-        lengths_R = rows.lengths_R() if self.group_by_length else None
-        sampler = StepSampler(
-            rows.units_R, self.per_device_batch_size, self.seed, **ranks, parts=self._parts, lengths_R=lengths_R
-        )
-        return ResumableLoader(rows, sampler, self.trainer, layout, **self._options())
+        assert self.train_rows is not None
+        return training_loader(self.train_rows, reader, self.trainer, read, self.validation_split, self._parts)
 
     def _read(self) -> dict[str, Any]:
         """What the rows were made of, for an error that says what has changed since a checkpoint was written."""
@@ -320,10 +288,7 @@ class DistillationDataModule(L.LightningDataModule):
         """Every validation row once."""
         assert self.validation_rows is not None
         self._check()
-        sampler: Any = EveryRowOnce(self.validation_rows.units_R, self.per_device_batch_size, **self._ranks())
-        # A generator of its own keeps validation from drawing from the global one, which training depends on.
-        generator = torch.Generator().manual_seed(self.seed)
-        return DataLoader(self.validation_rows, batch_sampler=sampler, generator=generator, **self._options())
+        return validation_loader(self.validation_rows, self._reader())
 
     def test_dataloader(self) -> DataLoader:
         """The validation rows."""

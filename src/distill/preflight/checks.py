@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from distill.curriculum import Schedule, value_at
+from distill.data.documents.encode import IGNORE
 from distill.models.precision import product_dtype
 
-IGNORE = -100
 FEW_ROWS = 8  # fewer to validate on by a fraction were hardly meant
 AROUND = 3  # positions shown on either side of a place of interest
 BARS = " ▁▂▃▄▅▆▇█"

@@ -1,60 +1,134 @@
-"""The loader of a table's micro-batches, which resumes at the micro-batch where a checkpoint was written."""
+"""The loaders of a table's micro-batches; the one for training resumes at the micro-batch where a checkpoint was
+written."""
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from distill.data.order.sampler import StepSampler
+from distill.data.order.sampler import EveryRowOnce, StepSampler
+from distill.data.rows.packing import fingerprint
+from distill.data.rows.table import PackedRows, as_is
 from distill.errors import UserError
+from distill.stop_signals import leave_signals_to_the_run
 
 
-class ResumableLoader(DataLoader):
-    """A training loader that Lightning saves and resumes in the middle of an epoch, to the micro-batch.
-
-    It stores how many micro-batches were processed rather than handed out, since workers read ahead.
+@dataclass(frozen=True)
+class Reader:
+    """How one process reads micro-batches.
 
     Args:
-        dataset: see `PackedRows`.
-        sampler: of the training rows.
+        batch_size: rows per micro-batch and device.
+        workers: processes that read ahead.
+        seed: of the order.
+        rank: of this process.
+        world_size: ranks that share the rows.
+    """
+
+    batch_size: int
+    workers: int
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+
+    def options(self) -> dict[str, Any]:
+        """Of a `DataLoader` whose data set gives whole batches."""
+        return {
+            "num_workers": self.workers,
+            "collate_fn": as_is,
+            "pin_memory": torch.cuda.is_available(),
+            "worker_init_fn": leave_signals_to_the_run,
+            # Of its own: the default draws from the global one, so validation or a resumed run would change training.
+            "generator": torch.Generator().manual_seed(self.seed),
+        }
+
+    def layout(self, read: dict[str, Any], data: str) -> dict[str, Any]:
+        """What a place depends on, as plain values by YAML key.
+
+        Args:
+            read: what the user asked for.
+            data: fingerprint of what was read.
+        """
+        return {
+            "data.seed": self.seed,
+            "data.per_device_batch_size": self.batch_size,
+            "trainer.devices": self.world_size,
+            "read": read,
+            "data": data,
+        }
+
+
+class TrainingLoader(DataLoader):
+    """What training loaders share: the micro-batch of the epoch that they stand at, and what makes it meaningful.
+
+    The number stored is of micro-batches that were processed rather than handed out, since workers read ahead.
+
+    Args:
+        dataset: of whole batches.
         trainer: whose accumulation, limit and progress count; without one, every micro-batch is a step.
-        layout: what makes a place within an epoch meaningful (data, seed, sizes); plain values.
+        layout: see `Reader.layout`.
+        options: of `DataLoader`.
+    """
+
+    def __init__(self, dataset: Any, trainer: L.Trainer | None, layout: dict[str, Any], **options: Any) -> None:
+        super().__init__(dataset, **options)
+        self.trainer, self.layout = trainer, layout
+        self._start = 0
+
+    def window(self) -> tuple[int, float]:
+        """Micro-batches of an optimizer step, and of an epoch at most."""
+        if self.trainer is None:
+            return 1, float("inf")
+        return self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
+
+    def laid_out(self) -> dict[str, Any]:
+        """The layout under this trainer."""
+        return self.layout | {"trainer.accumulate_grad_batches": self.window()[0]}
+
+    def processed(self) -> int:
+        """Micro-batches of the epoch that were trained on."""
+        assert self.trainer is not None
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return progress.processed
+
+    def state_dict(self) -> dict[str, Any]:
+        """Place within the epoch, and what it refers to."""
+        limit = self.window()[1]
+        done = self.processed()
+        return {"processed": done if limit == math.inf else done % max(1, int(limit)), "layout": self.laid_out()}
+
+
+class ResumableLoader(TrainingLoader):
+    """A training loader that Lightning saves and resumes in the middle of an epoch, to the micro-batch.
+
+    Args:
+        dataset: the training rows.
+        sampler: of them.
+        trainer: see `TrainingLoader`.
+        layout: likewise.
         options: of `DataLoader`.
     """
 
     def __init__(
-        self, dataset: Any, sampler: StepSampler, trainer: L.Trainer | None, layout: dict[str, Any], **options: Any
+        self,
+        dataset: PackedRows,
+        sampler: StepSampler,
+        trainer: L.Trainer | None,
+        layout: dict[str, Any],
+        **options: Any,
     ) -> None:
-        # A generator of its own: the default draws from the global one, and a resumed run would draw once more.
-        generator = torch.Generator().manual_seed(sampler.seed)
-        # torch types a request as a list of indices, but hands whatever it is to `__getitems__`.
-        super().__init__(dataset, batch_sampler=sampler, generator=generator, **options)  # type: ignore[arg-type]
-        self.steps, self.trainer, self.layout = sampler, trainer, layout
-        self._start = 0
+        super().__init__(dataset, trainer, layout, batch_sampler=sampler, **options)
+        self.steps = sampler
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # A generator function: Lightning calls iter() before it sets the epoch and counts the batches.
-        if self.trainer is not None:
-            self.steps.accumulate = self.trainer.accumulate_grad_batches
-            self.steps.limit = self.trainer.num_training_batches
+        self.steps.accumulate, self.steps.limit = self.window()
         self.steps.start, self._start = self._start, 0
         yield from super().__iter__()
-
-    def _layout(self) -> dict[str, Any]:
-        assert self.trainer is not None
-        return self.layout | {"trainer.accumulate_grad_batches": self.trainer.accumulate_grad_batches}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Place within the epoch, and what it refers to."""
-        assert self.trainer is not None
-        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        return {
-            "processed": progress.processed % max(1, int(self.trainer.num_training_batches)),
-            "layout": self._layout(),
-        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at the stored place.
@@ -63,12 +137,44 @@ class ResumableLoader(DataLoader):
             UserError: the place lies within an epoch over other data, or otherwise dealt out.
         """
         if state["processed"]:
-            stored, now = state["layout"], self._layout()
+            stored, now = state["layout"], self.laid_out()
             sizes = ("data.per_device_batch_size", "trainer.devices")
             if math.prod(stored[size] for size in sizes) == math.prod(now[size] for size in sizes):
                 now |= {size: stored[size] for size in sizes}  # the same rows in every micro-batch, dealt out otherwise
             check_layout(stored, now, "stands within an epoch")
         self._start = state["processed"]
+
+
+def training_loader(
+    rows: PackedRows,
+    reader: Reader,
+    trainer: L.Trainer | None,
+    read: dict[str, Any],
+    validation_split: float | str,
+    parts: tuple[list[int], list[int]] | None,
+) -> ResumableLoader:
+    """The loader of a table's training rows, in the order of (seed, epoch).
+
+    Args:
+        rows: to train on.
+        reader: how this process reads.
+        trainer: see `TrainingLoader`.
+        read: what the user asked for, for an error that says what has changed since a checkpoint was written.
+        validation_split: on which depends which rows these are.
+        parts: rows of each source, and how many of them an epoch has, see `split_rows`.
+    """
+    layout = reader.layout(read, fingerprint(rows.table._fingerprint, rows.indices.size, validation_split, parts))
+    layout["data.group_by_length"] = rows.shortest
+    lengths_R = rows.lengths_R() if rows.shortest else None
+    ranks = {"rank": reader.rank, "world_size": reader.world_size}
+    sampler = StepSampler(rows.units_R, reader.batch_size, reader.seed, **ranks, parts=parts, lengths_R=lengths_R)
+    return ResumableLoader(rows, sampler, trainer, layout, **reader.options())
+
+
+def validation_loader(rows: PackedRows, reader: Reader) -> DataLoader:
+    """The loader of validation rows, every one of them once."""
+    sampler: Any = EveryRowOnce(rows.units_R, reader.batch_size, reader.rank, reader.world_size)
+    return DataLoader(rows, batch_sampler=sampler, **reader.options())
 
 
 def check_layout(stored: dict[str, Any], now: dict[str, Any], stands: str) -> None:

@@ -2,8 +2,8 @@
 
 Weights are shares of rows. Packed rows are as good as full, so there they are shares of tokens; without packing they
 are shares of sequences. An epoch has exactly those shares: as many rows as the scarcest source allows. The others go on
-in the next epoch where they stopped, so that every row of a source comes once before any comes again; the price is that
-one epoch does not see all of their rows.
+in the next epoch where they stopped, so that every row of a source comes once before any comes again, but one epoch
+does not see all of their rows.
 
 Letters: R rows.
 """

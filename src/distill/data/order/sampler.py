@@ -2,11 +2,11 @@
 however it is split over micro-batches and ranks.
 
 The sampler knows the units of every row, so each micro-batch carries the counts of its whole optimizer step over all
-ranks and the normaliser needs no communication. The price is one small integer array of the data set's length per
-kind of unit in memory, and dummy rows where the last micro-batch does not fill every rank.
+ranks and the normaliser needs no communication. That takes one small integer array of the data set's length per kind
+of unit in memory, and dummy rows where the last micro-batch does not fill every rank.
 
-Grouping by length puts rows of about one length into a step, so that little is spent on padding; the price is that the
-rows of a step are no longer independent of each other.
+Grouping by length puts rows of about one length into a step, so that little is spent on padding; the rows of a step are
+then no longer independent of each other.
 
 Letters: R rows, W ranks, b rows per micro-batch and rank, A micro-batches per optimizer step and rank.
 """

@@ -2,9 +2,9 @@
 
 `datasets` reads documents and remembers its place; blocks of them are packed and shuffled at once, so a place is the
 one before a block and the number of rows that were taken of it. Each worker of each rank is a reader of its own with
-its share of the files or, where these cannot be dealt out evenly, of the blocks. The price of blocks: rows are shuffled
-within `block` documents only, what does not fill a row at the end of a block leaves it short, and readers that share
-the same files each read them whole, though they encode only their own blocks.
+its share of the files or, where these cannot be dealt out evenly, of the blocks. Rows are shuffled within `block`
+documents only, what does not fill a row at the end of a block leaves it short, and readers that share the same files
+each read them whole, though they encode only their own blocks.
 
 A reader starts over when its share ends, with the files in another order. Shares differ by a file's or a block's size,
 so readers start over at different times.
@@ -14,15 +14,18 @@ Letters: W ranks.
 
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
+from distill.data.documents.files import open_stream
 from distill.data.documents.forms import form_of
+from distill.data.documents.sources import Source
 from distill.data.rows.packing import Packer, no_labels
 from distill.data.rows.table import collate
 from distill.errors import UserError
@@ -129,6 +132,32 @@ class Stream:
 def beginning(source: str | list[str], number: int, document: tuple[Any, ...]) -> str:
     """What error messages call a document of a stream, which has no number: its source and how it begins."""
     return f"{source}, the document {json.dumps(document[0], ensure_ascii=False, default=str)[:60]}..."
+
+
+def open_streams(
+    sources: Sequence[tuple[Source, str]], packer: Packer, block: int, seed: int, held_out: float = 0.0
+) -> list[Stream]:
+    """The streams of several sources.
+
+    Args:
+        sources: each with the YAML key that names it.
+        packer: of their documents.
+        block: see `Stream`, as for what follows.
+        seed: likewise.
+        held_out: likewise.
+
+    Raises:
+        UserError: a source cannot be read, or several have no weights.
+    """
+    if len(sources) > 1 and not all(source.weight for source, _ in sources):
+        raise UserError("data.dataset: streams have no known length to be mixed by; give every part a weight")
+    streams = []
+    for source, key in sources:
+        documents, columns = open_stream(source.dataset, **source.options(), key=key)
+        encoder = replace(packer.encoder, place=partial(beginning, source.dataset))
+        own = replace(packer, encoder=encoder)
+        streams.append(Stream(documents, columns, own, block, seed, held_out, source.weight or 1.0))
+    return streams
 
 
 def validation_rows(streams: list[Stream], count: int) -> list[Row]:

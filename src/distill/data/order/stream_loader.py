@@ -1,8 +1,7 @@
 """The loader of streams: batches that carry the counts of their optimizer step, and a place to resume from.
 
-Nobody knows the units of rows that were not read. So the window of an optimizer step is read before its first
-micro-batch is handed out, and its counts are summed over the ranks. The price: one window of batches in memory and one
-small collective per step, on the host, so that no device waits for it.
+It reads a step's micro-batches as a window, see `StepWindow`, so it stores the place behind what was processed and not
+behind what windows and workers have read ahead.
 
 Letters: W ranks, A micro-batches per optimizer step and rank.
 """
@@ -13,20 +12,16 @@ from operator import itemgetter
 from typing import Any
 
 import lightning as L
-import torch
-import torch.distributed as dist
-from torch.utils.data import DataLoader
 
-from distill.data.order.loader import check_layout
-from distill.data.order.stream import COUNTS, Place, StreamBatches
-
-KINDS = ("tokens", "queries", "micro_batches")
+from distill.data.documents.forms import form_of
+from distill.data.order.loader import Reader, TrainingLoader, check_layout
+from distill.data.order.stream import COUNTS, Place, Stream, StreamBatches
+from distill.data.order.window import Hosts, StepWindow
+from distill.data.rows.packing import fingerprint
 
 
-class StreamLoader(DataLoader):
+class StreamLoader(TrainingLoader):
     """A training loader without length that Lightning saves and resumes to the micro-batch.
-
-    It stores the place behind what was processed rather than read, since windows and workers read ahead.
 
     Args:
         dataset: micro-batches of this rank.
@@ -38,18 +33,13 @@ class StreamLoader(DataLoader):
     def __init__(
         self, dataset: StreamBatches, trainer: L.Trainer | None, layout: dict[str, Any], **options: Any
     ) -> None:
-        generator = torch.Generator().manual_seed(0)  # the default draws from the global one
-        super().__init__(dataset, batch_size=None, generator=generator, **options)
-        self.batches, self.trainer, self.layout = dataset, trainer, layout
+        super().__init__(dataset, trainer, layout, batch_size=None, **options)
+        self.batches, self.hosts = dataset, Hosts()
         self.place = dataset.place
-        self._start = 0
-        self._group: Any = None
         self._places: deque[tuple[int, Place]] = deque(maxlen=4)  # micro-batches of the epoch, the place behind them
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        trainer = self.trainer
-        accumulate = trainer.accumulate_grad_batches if trainer is not None else 1
-        limit = trainer.num_training_batches if trainer is not None else float("inf")
+        accumulate, limit = self.window()
         start, self._start = self._start, 0
         number = start // accumulate * accumulate
         self.batches.place = self.place
@@ -58,58 +48,28 @@ class StreamLoader(DataLoader):
         turn, readers = self.place["turn"], list(self.place["readers"])
         stream = super().__iter__()
         while number < limit:
-            window = []
+            batches = []
             for _ in range(int(min(accumulate, limit - number))):
                 batch, readers[turn] = next(stream)
                 turn = (turn + 1) % len(readers)
-                window.append(batch)
-            units = self._whole_step([batch["units"] for batch in window])
+                batches.append(batch)
+            window = StepWindow(number, batches)
+            counted = window.counted(self.hosts, start)
             self.place = {"turn": turn, "readers": list(readers)}
-            self._places.append((number + len(window), self.place))
-            for batch in window[max(0, start - number) :]:
-                yield batch | {"units": units}
-            number += len(window)
-
-    def _whole_step(self, units: list[dict[str, int]]) -> dict[str, int]:
-        """Counts of a window over all ranks."""
-        counts = torch.tensor([sum(unit.get(kind, 1) for unit in units) for kind in KINDS])
-        if self._ranks() > 1:
-            dist.all_reduce(counts, group=self._hosts())
-        return dict(zip(KINDS, counts.tolist(), strict=True))
-
-    def _ranks(self) -> int:
-        return dist.get_world_size() if dist.is_initialized() else 1
-
-    def _hosts(self) -> Any:
-        """A group of all ranks that communicates between hosts' memories, whatever the devices use."""
-        if self._group is None:
-            self._group = dist.new_group(backend="gloo")
-        return self._group
+            self._places.append((window.stop, self.place))
+            yield from counted
+            number = window.stop
 
     def counts(self) -> dict[str, int]:
         """Documents that this rank has read, and those of them that were cut."""
         readers = [reader for reader in self.place["readers"] if reader is not None]
         return {name: sum(reader[name] for reader in readers) for name in COUNTS}
 
-    def _layout(self) -> dict[str, Any]:
-        assert self.trainer is not None
-        return self.layout | {"trainer.accumulate_grad_batches": self.trainer.accumulate_grad_batches}
-
     def state_dict(self) -> dict[str, Any]:
         """Places of all ranks, and what they refer to."""
-        assert self.trainer is not None
-        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        limit = self.trainer.num_training_batches
-        done = progress.processed
-        _, place = max(
-            (known for known in self._places if known[0] <= done), default=(0, self.place), key=itemgetter(0)
-        )
-        places = [place]
-        if self._ranks() > 1:
-            places = [place] * self._ranks()
-            dist.all_gather_object(places, place, group=self._hosts())
-        processed = done % int(limit) if limit != float("inf") else done
-        return {"processed": processed, "places": places, "layout": self._layout()}
+        known = [place for place in self._places if place[0] <= self.processed()]
+        _, place = max(known, default=(0, self.place), key=itemgetter(0))
+        return super().state_dict() | {"places": self.hosts.gather(place)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at the stored place.
@@ -117,6 +77,31 @@ class StreamLoader(DataLoader):
         Raises:
             UserError: it is one of other data, or otherwise dealt out.
         """
-        check_layout(state["layout"], self._layout(), "stands within a stream")
+        check_layout(state["layout"], self.laid_out(), "stands within a stream")
         self._start = state["processed"]
         self.place = state["places"][self.batches.rank]
+
+
+def stream_loader(
+    streams: list[Stream],
+    reader: Reader,
+    trainer: L.Trainer | None,
+    read: dict[str, Any],
+    made_of: list[Any],
+    pad_id: int,
+) -> StreamLoader:
+    """The loader of training streams.
+
+    Args:
+        streams: the sources.
+        reader: how this process reads.
+        trainer: see `StreamLoader`.
+        read: what the user asked for, for an error that says what has changed since a checkpoint was written.
+        made_of: plain values on which the documents and their rows depend.
+        pad_id: token that pads.
+    """
+    options = [stream.packer.encoder.key(form_of(list(stream.columns))) for stream in streams]
+    layout = reader.layout(read, fingerprint(options, *made_of))
+    layout |= {"data.num_workers": reader.workers, "data.shuffle_buffer": streams[0].block}
+    batches = StreamBatches(streams, reader.batch_size, pad_id, reader.rank, reader.world_size, workers=reader.workers)
+    return StreamLoader(batches, trainer, layout, **reader.options())

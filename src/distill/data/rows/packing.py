@@ -1,7 +1,7 @@
 """Documents become rows of one length, so that no position is spent on padding.
 
-Two ways, by form. A text that does not fit continues in the next row; the price is that its first token there has no
-context and no label. Everything else (conversations, completions, tokens with labels) stays whole: rows are filled by
+Two ways, by form. A text that does not fit continues in the next row, where its first token has neither context nor
+label. Everything else (conversations, completions, tokens with labels) stays whole: rows are filled by
 best fit, what is longer than a row is cut at its end and counted. Every row knows its valid tokens, queries and label
 bytes, so that normalisers are known before a batch is read.
 

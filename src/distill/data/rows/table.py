@@ -2,8 +2,8 @@
 
 All batches have one shape and pad on the right, or, where rows are grouped by length, the shape of their longest row,
 rounded up so that a compiled model sees few of them. Packed rows keep their documents apart through `position_ids`
-alone, from which transformers derives the attention mask; the price is that models must be called without an attention
-mask and without a cache where `packed` is true.
+alone, from which transformers derives the attention mask, so where `packed` is true models must be called without an
+attention mask and without a cache.
 
 Letters: R rows, B rows of a batch, L sequence length, N valid tokens of a batch.
 """
