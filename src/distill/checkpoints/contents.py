@@ -18,6 +18,7 @@ from transformers import (
     GenerationConfig,
 )
 
+from distill.checkpoints.proof import proof, proof_row
 from distill.errors import UserError
 
 FORMAT = 1
@@ -139,6 +140,7 @@ def record(module: Any) -> dict[str, Any]:
             "generation_config": plain(generation.to_dict()),
             "lora": dataclasses.asdict(module.lora) if module.lora is not None else None,
             "tokenizer": str(Path(source).resolve()) if Path(source).exists() else source,
+            "proof": proof(module.student, proof_row(data)),
         },
         "run": {
             "components": list(module.components),

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from distill.checkpoints import contents
+from distill.checkpoints.proof import prove
 from distill.errors import UserError
 from distill.models import load
 from distill.models.lora import LoRA
@@ -81,8 +82,8 @@ def load_student(
         key: what error messages call the source.
 
     Raises:
-        UserError: no such source; a checkpoint that is truncated, of another program, of a newer format, sharded, or
-            without what its student needs; a tokenizer that cannot be had.
+        UserError: no such source; a checkpoint that is truncated, of another program, of a newer format, sharded,
+            without what its student needs, or whose student returns as another model; a tokenizer that cannot be had.
     """
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     source = str(source)
@@ -95,6 +96,8 @@ def load_student(
     if template := described["run"]["data"].get("chat", {}).get("template"):
         words.chat_template = template  # what the run's data set in place of the tokenizer's own
     model = restore(described["student"], checkpoint["state_dict"], dtype, key)
+    if (expected := described["student"].get("proof")) is not None:  # earlier versions wrote none
+        prove(model, expected, key)
     if described["settings"].get("model.student_config") is not None:
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # the config's defaults mean other tokens
             setattr(model.config, name, getattr(words, name))
@@ -118,18 +121,26 @@ def restore(
     config = _config(described["config"], key)
     weights = {name.removeprefix("student."): value for name, value in state.items() if name.startswith("student.")}
     floating = next((value.dtype for value in weights.values() if value.is_floating_point()), torch.float32)
-    with quiet_transformers():
-        if described.get("lora") is not None:
-            plain_model = AutoModelForCausalLM.from_config(config, dtype=floating)
-            weights = LoRA(**described["lora"]).merged(plain_model, weights).state_dict()
-        with torch.device("meta"):
-            kind = type(AutoModelForCausalLM.from_config(config))
-        model, info = kind.from_pretrained(
-            None, config=config, state_dict=weights, dtype=dtype or floating, output_loading_info=True
-        )
-        model.generation_config = GenerationConfig.from_dict(dict(described["generation_config"]))
-    if wrong := sorted(info["missing_keys"]) + sorted(info["unexpected_keys"]) + sorted(info["mismatched_keys"]):
-        raise UserError(f"{key}: {len(wrong)} weights do not fit {kind.__name__}, {wrong[0]} first; give another file")
+    with quiet_transformers(), torch.device("meta"):
+        kind = type(AutoModelForCausalLM.from_config(config))
+
+    def built(state: Mapping[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
+        # Unlike load_state_dict this leaves tensors apart that a configuration ties and the run did not.
+        with quiet_transformers():
+            model, info = kind.from_pretrained(
+                None, config=config, state_dict=dict(state), dtype=dtype, output_loading_info=True
+            )
+        if wrong := sorted(info["missing_keys"]) + sorted(info["unexpected_keys"]) + sorted(info["mismatched_keys"]):
+            raise UserError(
+                f"{key}: {len(wrong)} weights do not fit {kind.__name__}, {wrong[0]} first; give another file"
+            )
+        return model
+
+    if described.get("lora") is not None:
+        lora = LoRA(**described["lora"])
+        weights = lora.merged(built(lora.plain(weights), floating), weights).state_dict()
+    model = built(weights, dtype or floating)
+    model.generation_config = GenerationConfig.from_dict(dict(described["generation_config"]))
     model.config.use_cache = True  # training switched it off, and generation wants it
     return model.eval()
 

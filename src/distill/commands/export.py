@@ -1,6 +1,7 @@
 """`distill export`: a checkpoint's student as a plain transformers folder that needs nothing of this program.
 
-The folder appears whole or not at all. Only the student is in it: projections and gate probes serve the training.
+The folder appears whole or not at all, and only where what was written says to a row of the run what the run's own
+student said. Only the student is in it: projections and gate probes serve the training.
 """
 
 import os
@@ -34,12 +35,15 @@ def export(
         The folder.
 
     Raises:
-        UserError: a checkpoint that cannot be read, a folder with something in it, an unknown dtype.
+        UserError: a checkpoint that cannot be read, a folder with something in it or that cannot be written, an unknown
+            dtype, a student whose logits on a row are not those of the run.
     """
     import torch
 
     from distill.checkpoints.card import model_card
+    from distill.checkpoints.proof import prove
     from distill.checkpoints.students import is_checkpoint, load_student
+    from distill.models.load import load_model
     from distill.models.quiet import quiet_transformers
 
     if dtype is not None and dtype not in DTYPES:
@@ -56,16 +60,23 @@ def export(
         trust_remote_code=trust_remote_code,
         key="checkpoint",
     )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    here = next(parent for parent in target.parents if parent.exists())  # the same file system, and nothing is left
+    try:
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=here))
+    except OSError as error:
+        raise UserError(f"folder: {here} can't be written ({error.strerror}); name a folder elsewhere") from error
     try:
         with quiet_transformers():
             student.model.save_pretrained(partial)
             student.tokenizer.save_pretrained(partial)
+        written = load_model(str(partial), dtype=student.model.dtype, key="folder")
+        if (expected := student.checkpoint["student"].get("proof")) is not None:
+            prove(written, expected, "folder")
         (partial / "README.md").write_text(model_card(target.name, student), encoding="utf-8")
         partial.chmod(0o755)  # mkdtemp keeps others out, and so does who wrote the weights
         for file in partial.iterdir():
             file.chmod(0o644)
+        target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -5,6 +5,8 @@ checkpoint's reader, which merges them. The price: a checkpoint holds the frozen
 in fp32 like any student's.
 """
 
+import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, final
@@ -13,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from distill.errors import UserError
+from distill.models.shared import shared_parameters
 
 
 @final
@@ -47,7 +50,8 @@ class LoRA:
         """Puts adapters that start as zero into the student and freezes everything else.
 
         Raises:
-            UserError: peft is not installed, or `target_modules` names no layer, or the head.
+            UserError: peft is not installed; `target_modules` names no layer, the head, or a tensor that is also
+                another layer's.
         """
         student.requires_grad_(False)
         self._tuner(student)
@@ -60,6 +64,7 @@ class LoRA:
             )
 
     def _tuner(self, student: PreTrainedModel) -> Any:
+        shared = shared_parameters(student)
         try:
             from peft import LoraConfig
             from peft.tuners.lora import LoraModel
@@ -68,16 +73,35 @@ class LoRA:
                 "model.lora: peft is not installed; run pip install 'student-aware-distillation[lora]'"
             ) from error
         try:
-            return LoraModel(student, {"default": LoraConfig(**asdict(self))}, "default")
+            # What it warns of is refused below, put right by itself (transposed weights), or of no concern (experts).
+            with warnings.catch_warnings(action="ignore"):
+                tuner = LoraModel(student, {"default": LoraConfig(**asdict(self))}, "default")
         except ValueError as error:
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"model.lora.target_modules: {self.target_modules} ({reason}); name linear layers"
             ) from error
+        for name in tuner.targeted_module_names:
+            if twin := next((found[0] for tensor, found in shared.items() if tensor.startswith(f"{name}.")), None):
+                raise UserError(
+                    f"model.lora.target_modules: {self.target_modules} names {name}, whose weight is {twin} too: "
+                    "merged, the adapter would count in both, and in training in one; leave it out"
+                )
+        return tuner
+
+    def plain(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies of the weights without their adapters, under a plain model's names; merging writes into them."""
+        bare = {name: value for name, value in weights.items() if ".lora_" not in name}
+        return {re.sub(r"(\.base_layer)+\.", ".", name): value.clone() for name, value in bare.items()}
 
     def merged(self, student: PreTrainedModel, weights: Mapping[str, Tensor]) -> PreTrainedModel:
-        """A plain model again: `weights` with adapters are loaded into it, and each adapter added to its layer."""
+        """A plain model again: `weights` with adapters are loaded into it, and each adapter added to its layer.
+
+        Raises:
+            UserError: as `add_to`.
+        """
         tuner = self._tuner(student)
         student.load_state_dict(weights)
-        model: PreTrainedModel = tuner.merge_and_unload()
+        with warnings.catch_warnings(action="ignore"):  # of heads that were never tied
+            model: PreTrainedModel = tuner.merge_and_unload()
         return model
