@@ -1,8 +1,8 @@
 """What a training.log says, as figures that remember their line and how many digits were printed.
 
 The reader is tolerant: it takes our blocks, the earlier trainer's, what `grep -A` leaves of them, lines with a logger's
-prefix, and the short forms in which people quote them (`[TRAIN DEBUG] Total: 15.5`). The price is that a line which it
-cannot place is passed over in silence; `tests/helpers/training_log.py` is the strict parser of our own format.
+prefix, and the short forms in which people quote them (`[TRAIN DEBUG] Total: 15.5`). A line that it cannot place is
+passed over in silence; the strict parser of our own format is `tests/helpers/training_log.py`.
 """
 
 import re
@@ -108,7 +108,7 @@ class TrainingLog:
 
 
 def component_name(name: str) -> str:
-    """Full name of a component, with the `routing_` that ROUTING LOSSES leaves out.
+    """The full name of a component, with the `routing_` that ROUTING LOSSES leaves out.
 
     Example:
         >>> component_name("feature_matching_loss")
@@ -118,7 +118,7 @@ def component_name(name: str) -> str:
 
 
 def weight_key(component: str) -> str:
-    """Curriculum entry that scales a component; also for names that only an earlier trainer had.
+    """The curriculum entry that scales a component; also for names that only an earlier trainer had.
 
     Example:
         >>> weight_key("routing_attention_alignment_loss")
@@ -130,14 +130,7 @@ def weight_key(component: str) -> str:
 
 
 def read(text: str) -> TrainingLog:
-    """Reads a log.
-
-    Args:
-        text: of a training.log, or of anything that quotes one.
-
-    Returns:
-        What was recognised, possibly nothing.
-    """
+    """What is recognised, possibly nothing, in the text of a training.log or of anything that quotes one."""
     log = TrainingLog(COLOUR.sub("", text).split("\n"), [], [])
     reader = _Reader(log)
     for number, line in enumerate(log.lines, start=1):
@@ -166,7 +159,7 @@ def _figure(text: str, line: int) -> Figure:
 
 
 class _Reader:
-    """Keeps the block and the component to which the next line belongs."""
+    """Remembers the block and the component to which the next line belongs."""
 
     def __init__(self, log: TrainingLog) -> None:
         self.log = log

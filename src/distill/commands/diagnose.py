@@ -1,7 +1,7 @@
 """`distill diagnose`: tells in plain words why a run's loss is what it is, with the lines that show it.
 
-Rules that compare figures which must reconcile come first; those over time follow. The price of plain words is that a
-script should read `--json`, whose names are stable, and not the text.
+Rules that compare figures which must reconcile come first; those over time follow. The text may be worded otherwise in
+a later version: a script should read `--json`, in which the names of findings are stable.
 """
 
 import json

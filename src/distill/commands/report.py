@@ -1,7 +1,7 @@
 """`distill report`: what happened in a run, or in several, as one HTML file that opens without network.
 
-It reads what the run wrote and needs no model, no trainer and no torch. The price is that it can show only what was
-logged; what was not is said in its place.
+It reads what the run wrote and needs no model, no trainer and no torch. It can show only what was logged; where
+something was not, a sentence says so.
 """
 
 from collections.abc import Sequence

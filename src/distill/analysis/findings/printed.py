@@ -1,7 +1,7 @@
 """Figures as a log printed them: when two can be one number, and what was said of a weight at some place of a run.
 
 Two figures that should be equal may differ by what was rounded off when they were printed, and by 1e-5 of their size,
-ten times what the audit allows. The price of judging by printed digits: a weight below 0.00005 counts as zero.
+ten times what the audit allows. A weight below 0.00005 is printed as zero and counts as zero.
 """
 
 from bisect import bisect

@@ -1,7 +1,7 @@
 """What goes wrong over the course of a run: flat losses, jumps, contradicting gradients, lost steps.
 
-Where a threshold is needed its reason stands beside it. The price of asking for enough points before judging is that
-a run is not called flat before there is something to see.
+Where a threshold is needed its reason stands beside it. A run with too few points is not judged, so that nothing is
+called flat before there is something to see.
 """
 
 import math

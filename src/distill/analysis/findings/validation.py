@@ -1,7 +1,7 @@
 """Validation against training: the same weights, and on these no more than 1.5 x apart.
 
-The 1.5 is the behaviour contract's. The price of comparing with the largest training total since the validation before:
-a gap that is smaller than what training fell in between is not seen.
+The 1.5 is the behaviour contract's. A validation is compared with the largest training total since the validation
+before it, so a gap that is smaller than what training fell in between is not seen.
 """
 
 import math

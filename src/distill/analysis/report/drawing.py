@@ -1,8 +1,8 @@
 """Charts as static SVG by matplotlib: they open anywhere, print, and need no script to be seen.
 
 Colours are written as placeholders and become CSS variables, so that one drawing serves light and dark; sizes are CSS
-pixels, so that text stays legible in a column of 370 to 400 pixels. The price: no zooming. Values are read off with
-the page's cursor, or in the table under each chart.
+pixels, so that text stays legible in a column of 370 to 400 pixels. They cannot be zoomed: values are read off with the
+page's cursor, or in the table under each chart.
 """
 
 import io

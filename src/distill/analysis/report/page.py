@@ -1,7 +1,7 @@
 """Lays the report out: one HTML file with its style, script and drawings inside, and a policy that forbids the network.
 
 Every chart is a figure that Tab reaches: arrow keys move a cursor whose values stand in the legend, and its data are a
-table below it. The price of drawings in the file is size, some 20 kB a chart.
+table below it. A chart takes some 20 kB of the file.
 """
 
 from dataclasses import dataclass
