@@ -4,13 +4,14 @@ import asyncio
 import csv
 import io
 import json
+import math
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 
-from distill.analysis.report import runs, tables
+from distill.analysis.report import runs, sections, tables
 from distill.commands.report import main, report
 from helpers.browser import CHROMIUM, Page, browse
 from helpers.written_run import CONFIG, METRICS, Reader, page, write
@@ -127,6 +128,19 @@ def test_report_of_a_real_run_has_every_section_and_its_figures(real):
     rows = Reader(html).rows
     for label, metric in (("KL to the teacher", "val/kl_div_T1"), ("Top-1 agreement", "val/top1_agreement")):
         assert [f"{label} {metric}", tables.number(float(last[metric]))] in rows
+
+
+def test_charts_of_a_real_run_begin_with_what_was_measured_before_the_first_step(real):
+    run = runs.read_run(real, "run")
+    for chart in sections.outcome([run])[:3]:
+        assert {line.x.tolist()[0] for line in chart.lines} == {0}, chart.title
+        assert chart.lines[0].x.tolist() == [0, 3, 7, 11]
+    start = {metric: float(series.values[0]) for metric, series in run.series.items() if metric.startswith("val/")}
+    assert start["val/student_perplexity"] == pytest.approx(math.exp(start["val/student_nll"]))
+    # The log's own line about that validation: next-token cross-entropy of the same tokens, to four decimals.
+    said = next(block for block in run.files.log.of("Eval") if block.step == 0).components["lm_loss"].raw
+    assert start["val/student_nll"] == pytest.approx(said.value, abs=6e-5)
+    assert start["val/kl_div_T1"] > run.series["val/kl_div_T1"].values[1]
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """What validation said: an `[Eval]` line after each one, and a table of before, after and teacher when fit ends.
 
-Reads: `trainer.callback_metrics` and the weights that the module's validation returned. Writes and logs nothing.
+Reads: `trainer.callback_metrics` and the weights that the module's validation returned. Logs: the figures of a whole
+validation before the first step, which Lightning keeps from the loggers, so that charts begin where the run began.
 """
 
 from pathlib import Path
@@ -57,6 +58,9 @@ class Evaluation(Callback):
             scaled = raw * weight if weight > 0 else 0.0
             lines.append(f"    {name}: raw {raw:.4f}, weight {weight:.4f}, scaled {scaled:.4f}")
         emit(trainer, self.directory, "\n".join(["", *lines, ""]))
+        if trainer.sanity_checking:
+            for logger in trainer.loggers:
+                logger.log_metrics({"epoch": trainer.current_epoch, **metrics}, step=pl_module.curriculum.step)
         if not self.first:
             self.first, self.first_step = metrics, trainer.global_step
         self.last = metrics
