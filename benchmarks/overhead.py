@@ -2,7 +2,7 @@
 
 Their cost hardly depends on the model's size, so it is measured where it can be seen: a tiny model, runs with and
 without observers in turn, CPU seconds per step on one thread. One run of the quickstart's own step gives the divisor.
-Blocks per optimizer step are due on every 500th one: their price, which includes measuring routing losses of weight
+Blocks per optimizer step are due on every 500th one: their cost, which includes measuring routing losses of weight
 zero, is taken from the quickstart's first ten steps and shared out over 500.
 
     python benchmarks/overhead.py

@@ -4,8 +4,8 @@ A small mixture of experts is trained on the spot (quality_teacher.py) and teach
 layers, through the program's own module, data and trainer; the arms are in quality_arms.py. A seed draws training
 rows, their order, the held-out rows and the weights beside the student, the same for each arm. CE and KD each have the
 learning rate that did best on a seed of its own, swept first; false teachers have CE's, all other arms KD's. Every
-finished run is written at once, and skipped the next time. The price of runs of seconds: they show which losses pull
-the right way, not what a long run of a large model gains.
+finished run is written at once, and skipped the next time. Runs of seconds show which losses pull the right way, not
+what a long run of a large model gains.
 
     python benchmarks/quality.py                           # the small MoE teacher, every arm, four seeds
     python benchmarks/quality.py --teacher smol            # SmolLM2-135M: CE, KD, three phases

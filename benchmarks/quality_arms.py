@@ -2,7 +2,7 @@
 
 The weights are the defaults' own: 0.7 KD + 0.3 LM at temperature 2, other losses at the height that the three-phase
 curriculum ends with, where their gradients are a hundredth to a tenth of KD's; so each is tried at ten times that too.
-The price is that a loss which only helps at yet another weight counts as a null here.
+A loss that only helps at yet another weight counts as a null here.
 """
 
 from collections.abc import Callable

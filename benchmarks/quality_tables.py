@@ -1,7 +1,7 @@
 """Tables and verdicts of quality.py from its runs: means over seeds, and differences paired by seed.
 
-Intervals are Student's t over seeds, 95%, without a correction for the number of arms. The price of few seeds: with
-four, a difference must be 1.6 times its own standard deviation to count.
+Intervals are Student's t over seeds, 95%, without a correction for the number of arms. With four seeds, a difference
+must be 1.6 times its own standard deviation to count.
 """
 
 import statistics

@@ -1,8 +1,8 @@
 """The small mixture-of-experts teacher of quality.py and its text, made on the spot from what ships with Python.
 
 The text is the standard library's sources and pydoc's topics, cut by file into three parts that share no file: what
-the teacher learns from, what the students may see, and what is held out. The price of a teacher of two million weights
-that was trained for minutes is that its gaps say which way a loss pulls, not how far it would pull a real model.
+the teacher learns from, what the students may see, and what is held out. A teacher of two million weights that was
+trained for minutes says which way a loss pulls, not how far it would pull a real model.
 
     python benchmarks/quality_teacher.py
 """

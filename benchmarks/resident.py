@@ -1,6 +1,7 @@
 """This process's resident memory in MB as Linux counts it, since torch keeps no account of a CPU's.
 
-`resource` and psutil know the peak of the whole life alone; /proc can be told to forget, at the price of Linux only.
+`resource` and psutil know the peak of the whole life alone; /proc can be told to forget, but there is one on Linux
+only.
 """
 
 import ctypes

@@ -1,7 +1,7 @@
 """Student-aware knowledge distillation of causal language models in one LightningCLI program.
 
 The names below are the library. Each is imported when it is first asked for, since the command answers `--help` without
-torch; the price is that they are listed twice, for programs that read types and for Python.
+torch; so they are listed twice, for programs that read types and for Python.
 """
 
 import importlib

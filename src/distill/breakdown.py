@@ -1,6 +1,6 @@
 """One breakdown of one loss: whoever prints, logs or audits a loss reads it here and computes nothing again.
 
-The values stay on the device as detached tensors; the price is that a reader which prints must move them itself.
+The values stay on the device as detached tensors: reading one on the host makes the host wait.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """The command line: LightningCLI for what runs a trainer, plain functions for the rest, and errors for people.
 
-Nothing heavy is imported before it is needed, so that `--help` and `--version` answer at once. The price is a table of
-names here and imports inside `main`.
+Nothing heavy is imported before it is needed, so that `--help` and `--version` answer at once; hence the table of names
+here and the imports inside `main`.
 """
 
 import importlib

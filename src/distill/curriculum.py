@@ -1,7 +1,7 @@
 """The curriculum is a pure function of the optimizer step: nothing to save, nothing to drift.
 
-Each entry is a number or a list of `[progress, value]` knots, piecewise linear between them and constant outside.
-The price: what depends on the course of the training itself, such as a plateau, cannot be a schedule.
+Each entry is a number or a list of `[progress, value]` knots, piecewise linear between them and constant outside. What
+depends on the course of the training itself, such as a plateau, cannot be a schedule.
 """
 
 import math

@@ -1,8 +1,6 @@
 """Where files come from: one string names a hub id, a local path or a file inside an installed package.
 
-`package://name/path` makes weights and text installable with pip, so that a first run needs no hub. GGUF weights are
-converted once into a safetensors folder in the user cache directory and loaded from there: 0.2 s instead of 11 s per
-start, at the price of a copy in full precision on disk (0.5 GB for 135M parameters).
+`package://name/path` makes weights and text installable with pip, so that a first run needs no hub.
 """
 
 import importlib.util

@@ -1,8 +1,8 @@
 """SIGTERM and SIGINT ask a run to stop where it can be resumed exactly, not where they happen to arrive.
 
 The handlers only take a note. With several ranks the notes are compared over a channel of their own on the hosts, one
-round late, so that no rank waits for another or for its device. The price: a run stops at most one step later, and a
-second SIGINT is needed to stop at once.
+round late, so that no rank waits for another or for its device. A run therefore stops up to one step later than it
+could, and it takes a second SIGINT to stop at once.
 """
 
 import signal

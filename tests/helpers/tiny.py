@@ -1,4 +1,4 @@
-"""Tiny random models, one per family, in fp32 and eval mode: real transformers code at the price of a millisecond.
+"""Tiny random models, one per family, in fp32 and eval mode: real transformers code in a millisecond.
 
 Random weights say nothing about learning; they serve shapes, identities and gradients. Every maker is seeded and takes
 keyword overrides of its configuration.

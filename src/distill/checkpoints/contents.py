@@ -1,6 +1,6 @@
 """What a checkpoint says of itself, so that one that cannot be meant is refused in a sentence before it is loaded.
 
-The configuration beats the checkpoint; the price is that a differing one must be told, which is done in a warning.
+The configuration beats the checkpoint, and a warning says where they differ.
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
 A checkpoint is written beside its place, forced to the disk and renamed: whatever happens, the name holds the old one
 or the new one, whole. Lightning's own writer fills a buffer in memory and moves a file from the temporary directory,
-which is a copy where that is another file system. The price of ours is that one which was killed leaves `*.tmp` behind.
+which is a copy where that is another file system. A writer that is killed leaves `*.tmp` behind.
 """
 
 import os

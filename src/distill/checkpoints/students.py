@@ -1,8 +1,8 @@
 """A student on its own: what its checkpoint must say of it, and how export, evaluation and prediction load one.
 
 A checkpoint carries the student's configuration and the source of its tokenizer as plain values, so that neither the
-teacher nor the run's directory is needed later; the price is a few kilobytes in each. A folder, a hub id, a GGUF file
-and `package://name/file` load just as well.
+teacher nor the run's directory is needed later. A folder, a hub id, a GGUF file and `package://name/file` load just as
+well.
 """
 
 from collections.abc import Mapping

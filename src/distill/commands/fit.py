@@ -1,7 +1,7 @@
 """LightningCLI with curriculum, dumps, audit, bar, checkpoints and loggers on without being listed.
 
 Each default callback is a top-level key of the YAML, since dotted overrides cannot reach into the callbacks list;
-`--train_debug null` switches one off. The price is a signature that names them all.
+`--train_debug null` switches one off.
 """
 
 import os

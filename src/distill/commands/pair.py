@@ -1,7 +1,7 @@
 """Teacher and student side by side, with the rows on which they are compared: what evaluation and prediction share.
 
 For a checkpoint the run's config.yaml says which teacher, precision and validation rows, so that the figures are those
-of `distill validate`; for other models they must be named. The price: both models and all baselines are on one device.
+of `distill validate`; for other models they must be named. Both models and all baselines are on one device.
 """
 
 from collections.abc import Mapping

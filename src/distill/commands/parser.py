@@ -1,7 +1,7 @@
 """The parser of the trainer's commands, whose errors are one line with the whole key, value and remedy.
 
-jsonargparse tells in several lines what it has tried; what a user needs is read out of its words. The price: another
-version of it may word them otherwise, and a message is then as long as it was made.
+jsonargparse tells in several lines what it has tried; what a user needs is read out of its words. Another version may
+word them otherwise; a message is then as long as it was made.
 """
 
 import re

@@ -1,7 +1,7 @@
 """Figures of several models on the same rows: the weight-free metrics of validation, for each model and the teacher.
 
 The sums come from the loss engine, so that no logits tensor exists and the figures are those that `distill validate`
-logs. The price: all models are in memory at once, so that the teacher runs once for all of them.
+logs. All models are in memory at once, so that the teacher runs once for all of them.
 """
 
 import time

@@ -1,6 +1,6 @@
 """Teacher and student of a run, loaded, checked and ready to be placed; everything that can refuse them does so here.
 
-The price: a student that is cut or quantised needs its teacher whole in memory first.
+A student that is cut from its teacher, and a teacher that is quantised, are whole in memory first.
 """
 
 from typing import Any

@@ -1,8 +1,8 @@
 """FSDP2 by one flag: `--trainer.strategy fsdp2` shards student, auxiliary modules and teacher over all devices.
 
 Every parameter is at rest a shard; a layer is gathered when it runs and freed again, and the loss engine gathers the
-head. The price: each rank reads the whole models into host memory before it keeps its part, and parameters are gathered
-in their own dtype, fp32 for the student.
+head. Each rank reads the whole models into host memory before it keeps its part, and parameters are gathered in their
+own dtype, fp32 for the student.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """How a model turns its last hidden state into logits, read from the model so that no loss has to call its forward.
 
-A linear map is not the whole story: some families scale or soft-cap. What each family does is a row of a table here;
-the price is that a new family with a new trick must be added, which `check_lm_head` finds out with one tiny forward.
+A linear map is not the whole story: some families scale or soft-cap. What each family does is a row of a table here.
+A new family with a new trick must be added; `check_lm_head` finds that out with one tiny forward pass.
 
 Shapes: N tokens, D hidden width, V vocabulary.
 """

@@ -1,8 +1,8 @@
 """Models, configurations and tokenizers as transformers loads and builds them, with errors for people.
 
-Every failure of loading becomes one sentence with a remedy. The price is that transformers' errors are told apart by
-their type and a few words of their text. Weights come as safetensors unless pickles are asked for, and a checkpoint
-that leaves parameters unset is refused instead of filled with random numbers.
+Every failure of loading becomes one sentence with a remedy; transformers' errors are told apart by their type and a few
+words of their text, which another version may word otherwise. Weights come as safetensors unless pickles are asked for,
+and a checkpoint that leaves parameters unset is refused instead of filled with random numbers.
 """
 
 from typing import Any

@@ -1,8 +1,8 @@
 """Low-rank adapters in the student's linear layers, through peft; the rest of the student stays as it was.
 
 The adapters are put into the model itself, which stays the class that it is, so nothing else here knows of them but the
-checkpoint's reader, which merges them. The price: a checkpoint holds the frozen weights too, and the frozen weights are
-in fp32 like any student's.
+checkpoint's reader, which merges them. A checkpoint holds the frozen weights too, and they are in fp32 like any
+student's.
 """
 
 import re

@@ -1,7 +1,7 @@
 """What a precision means on a device: the dtypes of both models, and whether a CPU has units for 16-bit products.
 
 A CPU without such units multiplies bf16 seven to a hundred times slower than fp32. There teacher and loss engine work
-in fp32 whatever the precision; the price is twice the teacher's memory on such a machine.
+in fp32 whatever the precision, which doubles the teacher's memory on such a machine.
 """
 
 from functools import cache

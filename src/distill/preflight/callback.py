@@ -1,7 +1,7 @@
 """The short form of `distill check`, before the first step of every fit: a line, and what is suspicious.
 
 It uses what fit has loaded and runs one row through the teacher; a run is never stopped by it, since a teacher that
-looks bad may be meant. The price is that row's forward pass, on every rank.
+looks bad may be meant. It costs that row's forward pass, on every rank.
 
 Reads: both models, tokenizer and validation rows. Writes: what is suspicious, into training.log, so that a diagnosis
 knows of it.

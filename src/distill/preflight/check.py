@@ -2,7 +2,7 @@
 
 It loads the models once and runs a few rows through them, at most one of them with a gradient; the rest is read from
 configurations. Without weights everything that does not need them is still shown, so that a run for other machines can
-be planned on this one. The price: the time of a step is that of one row here, times the rows.
+be planned on this one. The time of a step is that of one row here, times the rows.
 """
 
 import math

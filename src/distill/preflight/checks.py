@@ -1,8 +1,8 @@
 """What can be seen to be wrong before the first step: pure checks of tokenizer, batch, teacher and curriculum.
 
 Each returns sentences that name what is suspicious and why; none means that nothing was found. A healthy run must pass
-in silence, so the price is that only gross faults are named: a teacher that is worse than counting tokens, ids without
-logits, labels that are not the next token.
+in silence, so only gross faults are named: a teacher that is worse than counting tokens, ids without logits, labels
+that are not the next token.
 
 Shapes: B rows, L positions, V ids.
 """

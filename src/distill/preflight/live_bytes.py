@@ -1,7 +1,7 @@
 """What a forward and a backward pass keep alive, counted before anything is run.
 
 Models are built on the meta device and run on tensors that have shapes and no storage; every storage is counted from
-its birth to its end. The price: a second or two, attention is taken to be torch's fused one on a CPU, and nothing is
+its birth to its end. That takes a second or two. Attention is taken to be torch's fused one on a CPU, and nothing is
 known of allocators.
 
 Shapes: B rows, L positions, D width.

@@ -1,8 +1,8 @@
 """Memory and work of a training step, from models without memory: what a preflight can say about other machines.
 
 Activations are counted by tracing (`live_bytes`), the loss engine's share follows its own rule for chunks, and weights,
-gradients and moments are arithmetic. The price: nothing is said about allocators, libraries or a CUDA context, which
-take 5 to 10% more, and captures of feature losses are left out.
+gradients and moments are arithmetic. Allocators, libraries and a CUDA context, which take 5 to 10% more, and captures
+of feature losses are left out.
 
 Shapes: T tokens of a micro-batch, D width, V vocabulary.
 """

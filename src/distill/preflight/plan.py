@@ -1,7 +1,7 @@
 """What a run is meant for, and its parts before they are built: devices, models without memory, shape of a micro-batch.
 
-Read from configurations alone, so that a run for other machines can be planned on this one. The price: rules that the
-module has for dtypes are known here too.
+They are read from configurations alone, so that a run for other machines can be planned on this one; the module's rules
+for dtypes are therefore known here too.
 """
 
 import os

@@ -1,6 +1,6 @@
 """The tables of `distill check`: figures in, rich tables out, nothing computed that is not shown.
 
-The price of plain tables in a terminal: a curriculum is drawn with twenty blocks of nine heights.
+A curriculum is drawn with twenty blocks of nine heights, which any terminal shows.
 """
 
 from collections.abc import Mapping, Sequence

@@ -5,7 +5,7 @@ for anything beyond the captured routing, so biased, transposed or interleaved w
 takes the input of an FFN's last matrix, the neurons, and cuts it into E contiguous slices whose outputs add up to the
 FFN's output. What was guessed from the structure (which function of the logits the gate is, that the last matrix is the
 FFN's last act) is checked on a few made-up tokens when the view is built; a family that fails is refused by name.
-The price: what the hooks keep lives until the losses are done, D + E numbers a token and MoE layer or I a dense one.
+What the hooks keep lives until the losses are done: D + E numbers a token for a MoE layer, I for a dense one.
 
 Shapes: T rows of the batch (B * L, padding included), N chosen rows, D teacher width, E experts, K experts per token,
 I FFN neurons.

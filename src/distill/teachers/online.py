@@ -1,6 +1,6 @@
 """A live teacher, frozen for good and kept out of the module registry: no optimizer, wrapper or checkpoint sees it.
 
-The price: its device and dtype are ours to set, once, when the strategy has placed the student.
+So its device and dtype are ours to set, once, when the strategy has placed the student.
 """
 
 from collections.abc import Mapping

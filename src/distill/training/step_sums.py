@@ -1,7 +1,6 @@
 """What a whole optimizer step was: micro-batches added up on the device, over all ranks, and tokens per second.
 
-The sums are added only on steps that a logger or a dump reads. The price is that the module must know beforehand which
-those are.
+The sums are added only on steps that a logger or a dump reads, so the module must know beforehand which those are.
 """
 
 import resource

@@ -1,7 +1,7 @@
 """Lightning's Trainer with what a run of this program has by default: one run directory, whole checkpoints, `check`.
 
 Any Lightning logger takes the place of the two default ones; the log, the configuration and the checkpoints then lie in
-the directory that the logger's name and version make. The price: with several loggers the first one decides.
+the directory that the logger's name and version make. With several loggers the first one decides.
 """
 
 import os

@@ -3,8 +3,8 @@
 It compares on the device and copies one small vector of flags to the host, which is read when the next step's backward
 pass is on its way, so that no step waits for it. What is not finite is dropped on the device: a loss that is not makes
 its whole gradient nan, and fused AdamW leaves out a step whose gradient is (on all ranks, since they share the
-gradient), so neither weights nor moments ever hold it. The price: a run in which another rule is broken has applied
-that step when it stops, and a dropped step still counts as a step for the curriculum and `max_steps`.
+gradient), so neither weights nor moments ever hold it. A run in which another rule is broken has applied that step when
+it stops, and a dropped step still counts as a step for the curriculum and `max_steps`.
 
 Reads: the breakdown and total that the steps return, the tensor handed to `backward`, the Curriculum callback's state.
 Writes: `pl_module.drop_nonfinite` and `pl_module.skipped_steps`, which it logs; the first batch that is not finite, to

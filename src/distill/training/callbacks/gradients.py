@@ -1,9 +1,9 @@
 """How strongly each component pulls, and whether with or against KD, on the last student layer that all of them reach.
 
 The loss engine keeps one combined gradient of KD and LM loss, so each component is run by itself, on the micro-batch
-that is about to be trained on. The price: a step on which it is due costs one to a few steps more (1.5 with KD and LM
-loss, 3.3 with all nine components, on the small MoE teacher of benchmarks/quality.py), and two more sets of the
-student's gradients.
+that is about to be trained on. A step on which it is due costs one to a few steps more (1.5 with KD and LM loss, 3.3
+with all nine components, on the small MoE teacher of benchmarks/quality.py), and two more sets of the student's
+gradients.
 
 Reads: the batch, `pl_module.losses`. Logs: `gradients/<component>_norm`, `gradients/<component>_cosine`,
 `gradients/layer`.

@@ -1,8 +1,8 @@
 """The checkpoint to go on from: `checkpoints/last.ckpt`, never far behind, with the one before it as `previous.ckpt`.
 
 It is written after every validation, every ten minutes between two of them, at the end, and when SIGTERM or SIGINT ask
-the run to stop; always where a step is complete, so that the resumed run equals the unbroken one. Two files of full
-state are the price, beside the best one that `checkpoint` keeps.
+the run to stop; always where a step is complete, so that the resumed run equals the unbroken one. That is two files of
+full state on disk, beside the best one that `checkpoint` keeps.
 
 Reads: the trainer's progress, signals. Writes: the two files; flushes the loggers.
 """

@@ -3,7 +3,7 @@
 It lives in terminals alone, and only while there is something to wait for: what stays on the screen are blocks, [Eval]
 lines and the closing table, the same as in a pipe or a file. Component names lose their prefix `routing_` and `_loss`
 so that a line holds more of them. Its figures are read from the device at most once a second, so that a bar does not
-make every step wait for a copy; the price is that between two readings they are up to a second old.
+make every step wait for a copy; between two readings they are up to a second old.
 """
 
 import time

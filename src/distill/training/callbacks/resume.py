@@ -1,7 +1,7 @@
 """A resumed run goes on as if it had never been broken off: random numbers, a validation that was cut short, the best.
 
-The sampler's place, the curriculum and the optimizer have their own state. The price is a few kilobytes for each rank
-in every checkpoint, gathered when one is written.
+The sampler's place, the curriculum and the optimizer have their own state. A checkpoint grows by a few kilobytes for
+each rank, which are gathered when it is written.
 
 Reads: the generators of torch, Python and numpy, the progress of the validation loop. Writes both when a run resumes.
 """

@@ -1,7 +1,7 @@
 """The three blocks per optimizer step: CURRICULUM, KD LOSS and ROUTING LOSSES, in this order.
 
-Dumps render what the module returned and compute nothing, so switching them on or off changes no bit of a run. The
-price is one device-to-host copy on the steps that they print.
+Dumps render what the module returned and compute nothing, so switching them on or off changes no bit of a run. A step
+that is printed waits for one device-to-host copy.
 """
 
 from abc import ABC, abstractmethod

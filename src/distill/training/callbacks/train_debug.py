@@ -1,7 +1,7 @@
 """TRAIN DEBUG: four figures of one loss from four different places. They agree, or something is wrong.
 
 Reads: the bar's figure, the breakdown and the total that `training_step` returned, and the tensor that Lightning hands
-to `backward`. Writes nothing. The price is a few device-to-host copies on the batches that it prints.
+to `backward`. Writes nothing. A batch that is printed waits for a few device-to-host copies.
 """
 
 from typing import Any, final
