@@ -92,16 +92,18 @@ def load_student(
         return Student(loaded, load.load_tokenizer(tokenizer or source, key=key, **options), {})
     checkpoint = contents.read(source, key)
     described = checkpoint["distill"]
-    words: Any = load.load_tokenizer(tokenizer or described["student"]["tokenizer"], key=f"{key}: tokenizer", **options)
+    its_tokenizer: Any = load.load_tokenizer(
+        tokenizer or described["student"]["tokenizer"], key=f"{key}: tokenizer", **options
+    )
     if template := described["run"]["data"].get("chat", {}).get("template"):
-        words.chat_template = template  # what the run's data set in place of the tokenizer's own
+        its_tokenizer.chat_template = template  # what the run's data set in place of the tokenizer's own
     model = restore(described["student"], checkpoint["state_dict"], dtype, key)
     if (expected := described["student"].get("proof")) is not None:  # earlier versions wrote none
         prove(model, expected, key)
     if described["settings"].get("model.student_config") is not None:
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # the config's defaults mean other tokens
-            setattr(model.config, name, getattr(words, name))
-    return Student(model, words, {"global_step": checkpoint["global_step"], **described})
+            setattr(model.config, name, getattr(its_tokenizer, name))
+    return Student(model, its_tokenizer, {"global_step": checkpoint["global_step"], **described})
 
 
 def restore(

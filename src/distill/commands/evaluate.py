@@ -127,9 +127,9 @@ def evaluate(
         },
     }
     if names:
-        words = {TEACHER: pair.tokenizer} | {name: other.tokenizer for name, other in students.items()}
+        tokenizers = {TEACHER: pair.tokenizer} | {name: other.tokenizer for name, other in students.items()}
         every = {TEACHER: pair.teacher.model} | models
-        report["tasks"] = run_tasks(manager, every, words, names, limit, rows.per_device_batch_size)
+        report["tasks"] = run_tasks(manager, every, tokenizers, names, limit, rows.per_device_batch_size)
     report["peak_memory_MB"] = peak_memory(pair.fabric.device) / 1e6
     return report
 

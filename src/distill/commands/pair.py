@@ -98,11 +98,11 @@ def load_pair(
     if wanted.get("teacher_quantization") is not None:
         quantize(frozen.model)
     remote = {"trust_remote_code": options["trust_remote_code"]}
-    words = load.load_tokenizer(source, key="--teacher", **remote)
-    load.check_vocabularies(words, loaded.tokenizer, "student")
+    tokenizer = load.load_tokenizer(source, key="--teacher", **remote)
+    load.check_vocabularies(tokenizer, loaded.tokenizer, "student")
     frozen.to(fabric.device)
     loaded.model.to(fabric.device)
-    return Pair(loaded, frozen, source, words, config, fabric, precision)
+    return Pair(loaded, frozen, source, tokenizer, config, fabric, precision)
 
 
 def load_other(source: str, precision: str, key: str = "student", **options: Any) -> Student:
