@@ -179,7 +179,7 @@ def print_report(report: Mapping[str, Any]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Runs `distill evaluate`; 0."""
+    """Runs `distill evaluate`; its exit code is 0."""
     from distill.commands.arguments import Parser, add_pair_arguments
 
     parser = Parser(prog="distill evaluate", description="Student, teacher and baselines on the same rows.")

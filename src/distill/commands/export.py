@@ -84,7 +84,7 @@ def export(
 
 
 def main(arguments: list[str]) -> int:
-    """Runs `distill export`; 0."""
+    """Runs `distill export`; its exit code is 0."""
     from distill.commands.arguments import Parser
 
     parser = Parser(prog="distill export", description="A checkpoint's student as a transformers folder.")

@@ -61,7 +61,7 @@ class DistillCLI(LightningCLI):
         super().__init__(*args, **kwargs)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """The one that is called, or all where it is none: the parser of each takes a third of a second to build."""
+        """The subcommand that is called, or all where none is: each parser takes a third of a second to build."""
         known = {name: LightningCLI.subcommands()[name] for name in ("fit", "validate", "test")}
         known["check"] = {"model", "datamodule"}
         return {name: skip for name, skip in known.items() if self.called == [name]} or known

@@ -159,7 +159,7 @@ def print_continuation(continuation: Continuation) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Runs `distill predict`; 0."""
+    """Runs `distill predict`; its exit code is 0."""
     from distill.commands.arguments import Parser, add_pair_arguments
 
     parser = Parser(prog="distill predict", description="What teacher and student say to the same prompts.")

@@ -92,7 +92,7 @@ def _kept_layers(layers: int | list[int], count: int, key: str) -> list[int]:
 
 
 def _cut_config(config: PreTrainedConfig, count: int, kept: list[int]) -> None:
-    """Make a configuration of `count` layers describe the kept ones, in place."""
+    """Makes a configuration of `count` layers describe the kept ones, in place."""
     for name, value in list(vars(config).items()):
         if name == "mlp_only_layers" and value:  # layer indices rather than one entry per layer
             setattr(config, name, [new for new, old in enumerate(kept) if old in value])

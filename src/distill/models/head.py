@@ -71,7 +71,7 @@ class LMHead:
 
 
 def logits_dtype(compute: torch.dtype, device: torch.device) -> torch.dtype:
-    """Of products in `compute`: CUDA widens 16-bit ones on the fly, elsewhere they are rounded to it."""
+    """The dtype of logits: CUDA widens 16-bit products on the fly, elsewhere they are rounded to `compute`."""
     return torch.float32 if device.type == "cuda" and compute.itemsize < 4 else compute
 
 

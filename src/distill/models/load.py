@@ -201,7 +201,7 @@ def _config_from_dict(options: dict[str, Any], vocab_size: int | None, key: str)
 def check_vocabularies(
     teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, key: str = "model.student"
 ) -> None:
-    """Refuse two tokenizers whose ids mean different tokens.
+    """Refuses two tokenizers whose ids mean different tokens.
 
     Ids that only one side has are padding and do no harm; neither do special tokens under another name.
 
@@ -265,7 +265,7 @@ def build_student(
 
 
 def check_packing(model: PreTrainedModel, key: str = "model.teacher") -> None:
-    """Refuse a model in which the documents of a packed row see each other.
+    """Refuses a model in which the documents of a packed row see each other.
 
     Many families take the borders of documents from `position_ids`, but others ignore them without a word (gpt_oss,
     OPT, ALiBi and state-space models), so what comes before a document in a short packed row is exchanged.

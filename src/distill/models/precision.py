@@ -28,13 +28,13 @@ def product_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
 
 
 def student_dtype(precision: str) -> torch.dtype:
-    """Of parameters that learn, under a precision of the trainer: a true one's own, else float32."""
+    """The dtype of parameters that learn: float32, but under a true precision its own."""
     true = {"64-true": torch.float64, "64": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
     return true.get(precision, torch.float32)
 
 
 def teacher_dtype(option: str, precision: str, device: str) -> torch.dtype:
-    """Of a frozen teacher.
+    """The dtype of a frozen teacher.
 
     Args:
         option: auto, or the name of a dtype. auto = that of precision 32 and 64; else bfloat16, or float32 on a CPU

@@ -57,7 +57,7 @@ class Shape:
 
     @property
     def tokens(self) -> int:
-        """T."""
+        """Positions of all its rows, padding included."""
         return self.rows * self.length
 
 

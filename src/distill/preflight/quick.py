@@ -27,7 +27,7 @@ COUNTED_ROWS = 256  # of the training rows, whose tokens are counted for the uni
 
 
 def quick_findings(trainer: L.Trainer, module: Any, datamodule: Any) -> tuple[list[str], str]:
-    """The same judgement in its short form, with what a fit has loaded: one row per rank through the teacher alone.
+    """The judgement of `check` in its short form, with what a fit has loaded: one row per rank through the teacher.
 
     Returns:
         Findings, and one line that sums the run up.
@@ -79,7 +79,7 @@ def single_rows(rows: Any) -> Iterator[dict[str, Any]]:
 
 
 def counting_nll(datamodule: Any, batches: list[dict[str, Any]], vocab_size: int) -> float:
-    """Nats per token of a word count of training rows, or of later validation rows of a stream."""
+    """Nats per token when each is predicted by its count in training rows, or in validation rows of a stream."""
     rows = datamodule.train_rows if datamodule.train_rows is not None else datamodule.validation_rows
     step = max(1, len(rows) // COUNTED_ROWS)
     counted = [torch.as_tensor(rows[index]["input_ids"]) for index in range(0, len(rows), step)]
