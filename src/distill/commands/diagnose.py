@@ -21,6 +21,7 @@ RULES: tuple[Callable[[RunFiles], list[Finding]], ...] = (
     weights.wrong_weight,
     validation.eval_bypass,
     totals.sum_differs,
+    totals.rows_differ,
     trends.non_finite,
     rates.learning_rate,
     trends.loss_flat,

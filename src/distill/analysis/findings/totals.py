@@ -1,11 +1,12 @@
-"""One loss from four places is one number, and its parts are of one order of size."""
+"""One loss from several places is one number, and its parts are of one order of size."""
 
 import math
 
 from distill.analysis.findings.evidence import Finding, shorten
-from distill.analysis.findings.printed import listed, same
+from distill.analysis.findings.printed import RELATIVE, listed, same
 from distill.analysis.findings.weights import hidden
-from distill.analysis.run_files import RunFiles
+from distill.analysis.run_files import Point, RunFiles
+from distill.analysis.training_log import weight_key
 
 NORMALISED = ("routing_feature_matching_loss", "layerwise_loss")  # 1 = predicting nothing, whatever the teacher's scale
 TIMES = 100.0
@@ -53,6 +54,59 @@ def sum_differs(run: RunFiles) -> list[Finding]:
             "the division by accumulate_grad_batches to Lightning alone",
         )
     ]
+
+
+def rows_differ(run: RunFiles) -> list[Finding]:
+    """Rows of metrics.csv whose scaled components do not add up to `train/loss`.
+
+    Lightning hands loggers the last value of each metric until the epoch ends, also of one that is logged no more. A
+    component that counts for nothing in such a row is told by its weight there, which is zero, or by its value, which
+    is to the digit that of the row before.
+    """
+    parts: dict[int, dict[str, Point]] = {}
+    stale: dict[int, set[str]] = {}
+    for column, points in run.metrics.items():
+        name = column.removeprefix("train/").removesuffix("_scaled")
+        if column != f"train/{name}_scaled":
+            continue
+        zero = {p.line for p in run.metrics.get(f"curriculum/{weight_key(name)}", []) if p.value == 0}
+        before = math.nan
+        for point in points:
+            parts.setdefault(point.line, {})[name] = point
+            if point.value == before or point.line in zero:
+                stale.setdefault(point.line, set()).add(name)
+            before = point.value
+    totals = [point for point in run.metrics.get("train/loss", []) if point.line in parts]
+    wrong = [point for point in totals if not adds_up(point, parts[point.line])]
+    if not wrong:
+        return []
+    evidence, names = [], dict.fromkeys(name for point in wrong for name in sorted(stale.get(point.line, ())))
+    explained = True
+    for total in wrong:
+        row, left = parts[total.line], stale.get(total.line, set())
+        scaled = sum(point.value for point in row.values())
+        evidence.append(f"{run.say('train/loss', total)} (its scaled components add up to {scaled:.6g})")
+        evidence += [run.say(f"train/{name}_scaled", row[name]) for name in row if name in left]
+        explained = explained and adds_up(total, {name: row[name] for name in row if name not in left})
+    title = f"In {len(wrong)} of {len(totals)} rows of metrics.csv train/loss is not the sum of its scaled components"
+    if not explained:
+        cause = "something is in the total that no component lists, or the other way round"
+        fix = "log total and components from one breakdown, so that the total is the sum of the scaled values"
+        return [Finding("sum differs", f"{title}.", shorten(evidence), cause, fix)]
+    cause = "loggers are given the last value of a component that is logged no more, until the epoch ends"
+    fix = (
+        "read a component only in rows where its curriculum weight is above zero, or in training.log; the total is "
+        "right. A program that logs a component on some steps alone must write what each step had"
+    )
+    title += f": values of {', '.join(names)} are left over from earlier steps."
+    return [Finding("stale metrics", title, shorten(evidence), cause, fix)]
+
+
+def adds_up(total: Point, parts: dict[str, Point]) -> bool:
+    """Whether a row's scaled components are its total; a row that is not finite is another rule's matter."""
+    values = [point.value for point in parts.values()]
+    apart, size = abs(sum(values) - total.value), max(abs(total.value), sum(map(abs, values)))
+    return not math.isfinite(size) or apart <= RELATIVE * size
 
 
 def raw_scale(run: RunFiles) -> list[Finding]:
