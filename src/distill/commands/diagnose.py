@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from distill.analysis.findings import rates, totals, trends, validation, weights
+from distill.analysis.findings import held_out, rates, totals, trends, validation, weights
 from distill.analysis.findings.evidence import Finding, load
 from distill.analysis.findings.printed import LATER, listed, weights_said
 from distill.analysis.run_files import Point, RunFiles
@@ -29,6 +29,8 @@ RULES: tuple[Callable[[RunFiles], list[Finding]], ...] = (
     trends.jumps,
     validation.train_eval_gap,
     trends.contradicting_gradients,
+    held_out.sets_disagree,
+    held_out.score_falls,
 )
 
 
@@ -87,9 +89,10 @@ def healthy(run: RunFiles, names: set[str]) -> list[str]:
         sentences.append(f"Sum of components = total in every TRAIN DEBUG block ({len(sums)}).")
     if evaluations and not names & {"eval bypass", "train/eval gap"}:
         sentences.append(f"Validation weighs like training in every evaluation ({len(evaluations)}).")
-    kl = run.metrics.get("val/kl_div_T1", [])
-    if fell(kl) and not names & {"loss flat", "non-finite"}:
-        sentences.append(f"val/kl_div_T1 went from {kl[0].value:.4f} (step {kl[0].step}) to {kl[-1].value:.4f}.")
+    for column, kl in run.metrics.items():
+        of_a_set = column.startswith("val/") and column.endswith("/kl_div_T1")
+        if of_a_set and fell(kl) and not names & {"loss flat", "non-finite", "validation sets disagree"}:
+            sentences.append(f"{column} went from {kl[0].value:.4f} (step {kl[0].step}) to {kl[-1].value:.4f}.")
     rates = run.metrics.get("train/lr", [])
     if rates and not names & {"learning rate zero", "schedule horizon"}:
         sentences.append(
