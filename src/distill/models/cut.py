@@ -42,7 +42,7 @@ def cut_layers(teacher: PreTrainedModel, layers: int | list[int], key: str = "mo
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = new_index  # type: ignore[assignment]
-    _cut_config(student.config.get_text_config(decoder=True), len(stack), kept)
+    cut_config(student.config.get_text_config(decoder=True), len(stack), kept)
     student.config.use_cache = False
     _check_describes(student, kept, key)
     return student.requires_grad_(True).train()
@@ -91,7 +91,7 @@ def _kept_layers(layers: int | list[int], count: int, key: str) -> list[int]:
     return layers
 
 
-def _cut_config(config: PreTrainedConfig, count: int, kept: list[int]) -> None:
+def cut_config(config: PreTrainedConfig, count: int, kept: list[int]) -> None:
     """Makes a configuration of `count` layers describe the kept ones, in place."""
     for name, value in list(vars(config).items()):
         if name == "mlp_only_layers" and value:  # layer indices rather than one entry per layer

@@ -1,0 +1,1 @@
+"""A student that starts well: made from its teacher in closed form and fitted layer by layer."""

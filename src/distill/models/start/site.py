@@ -1,0 +1,108 @@
+"""What an FFN reads in its layer on the student's states, how what it writes enters the stream, and what the teacher's
+block did on the same tokens.
+
+Shapes: R rows, L positions, D width, T positions of all rows, E experts, K experts per token.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.models.start.ffn import Block, ffn_of
+from distill.models.start.walk import Walk
+
+
+class Seen:
+    """What a teacher layer's block did while the teacher went through it.
+
+    Args of `gates`: T positions in all, padding included.
+    """
+
+    def __init__(self) -> None:
+        self.routing: list[tuple[Tensor, Tensor]] = []  # indices and weights [T, K] of a part of the rows
+        self.outputs: list[Tensor] = []
+
+    def gates(self, positions: int, block: Block) -> Tensor | None:
+        """Gates [T, E], zero where a token was not routed; None of a dense FFN."""
+        if not self.routing:
+            return None
+        index_TK, weights_TK = (torch.cat(parts) for parts in zip(*self.routing, strict=True))
+        experts = int(block.expert_M.max()) + 1
+        return weights_TK.new_zeros(positions, experts, dtype=torch.float32).scatter_(1, index_TK, weights_TK.float())
+
+
+@contextmanager
+def watching(layer: nn.Module) -> Iterator[Seen]:
+    """Records the routing and the output of a layer's block."""
+    seen = Seen()
+    module = ffn_of(layer)
+    experts = getattr(module, "experts", None)
+
+    def routed(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = [*args, *kwargs.values()]
+        seen.routing.append((given[1], given[2]))
+
+    def wrote(part: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        seen.outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [module.register_forward_hook(wrote)] if experts is None else []
+    if experts is not None:
+        handles.append(experts.register_forward_hook(routed, with_kwargs=True))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """An FFN's place in its layer.
+
+    Args:
+        inputs_RLD: what it reads.
+        without_RLD: the layer's output if it wrote nothing.
+        factor: by which what it writes is added to that; None where it goes through a norm first.
+    """
+
+    inputs_RLD: Tensor
+    without_RLD: Tensor
+    factor: float | None
+
+
+@torch.no_grad()
+def site_of(walk: Walk, layer: int, states_RLD: Tensor) -> Site:
+    """Runs a layer without its FFN, and one part of the rows with made-up outputs in its place."""
+    inputs: list[Tensor] = []
+    written: list[Tensor] = [torch.zeros(())]
+
+    def reads(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs.append(args[0] if args else kwargs["hidden_states"])
+
+    def writes(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        made_up = written[0].to(first).expand_as(first)
+        return (made_up, *output[1:]) if isinstance(output, tuple) else made_up
+
+    module, span = ffn_of(walk.layers[layer]), range(layer, layer + 1)
+    handles = [module.register_forward_pre_hook(reads, with_kwargs=True), module.register_forward_hook(writes)]
+    try:
+        without_RLD = walk.advance(span, states_RLD).float()
+        read_RLD = torch.cat(inputs).float()
+        part = next(walk.rows.parts())
+        shape = without_RLD[part].shape
+        size = torch.arange(1, shape[1] + 1, device=states_RLD.device).remainder(3).add(1)[:, None]
+        written[0] = torch.arange(shape[1] * shape[2], device=states_RLD.device).sin().view(shape[1:]) * size
+        with walk.present(span):
+            change_BLD = walk.through(span, states_RLD[part], part)[0].float() - without_RLD[part]
+    finally:
+        for handle in handles:
+            handle.remove()
+    made_up_BLD = written[0].expand_as(change_BLD)
+    factor = float((change_BLD * made_up_BLD).sum() / made_up_BLD.square().sum())
+    linear = (change_BLD - factor * made_up_BLD).abs().max() <= 2e-2 * change_BLD.abs().max()
+    return Site(read_RLD, without_RLD, factor if bool(linear) and factor else None)
