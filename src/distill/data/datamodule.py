@@ -197,11 +197,12 @@ class DistillationDataModule(L.LightningDataModule):
 
     def _tables(self) -> tuple[list["Dataset"], list["Dataset"], list[str]]:
         """Packed rows of each source to train on and, where they come from elsewhere, to validate on; statistics."""
-        weights, lines = self._weights(), []
+        weights = self._weights()
+        lines: list[str] = []
 
         def packed(source: Source, key: str, what: str) -> "Dataset":
-            documents = load_documents(source.dataset, **source.options(), key=key)
-            place = partial(place_of, source.dataset)
+            documents = load_documents(source.dataset, **source.options(), key=key, tell=lines.append)
+            place = partial(place_of, source.dataset, config=source.dataset_config, split=source.split or "train")
             rows = pack(documents, self.tokenizer, self.sequence_length, self.packing, self.chat, key, place)
             form = form_of(documents.column_names)
             lines.append(describe_table(what, documents, rows, form, self.sequence_length))
@@ -223,8 +224,8 @@ class DistillationDataModule(L.LightningDataModule):
         from datasets import Dataset
 
         packer = Packer(encoder_of(self.tokenizer, self.chat), self.sequence_length, self.packing)
-        opened = partial(open_streams, packer=packer, block=self.shuffle_buffer, seed=self.seed)
         held_out = 0.0 if isinstance(self.validation_split, str) else self.validation_split
+        opened = partial(open_streams, packer=packer, block=self.shuffle_buffer, seed=self.seed, tell=rank_zero_info)
         self.streams = opened([(source, "data.dataset") for source in self.sources], held_out=held_out)
         for stream in self.streams:
             rank_zero_info(describe_stream(*stream.first_block(), form_of(list(stream.columns)), self.sequence_length))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from distill.curriculum import Schedule, value_at
-from distill.data.documents.encode import IGNORE
+from distill.data.documents.tokens import IGNORE
 from distill.models.precision import product_dtype
 
 FEW_ROWS = 8  # fewer to validate on by a fraction were hardly meant

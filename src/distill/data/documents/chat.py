@@ -1,17 +1,17 @@
 """Conversations become tokens of which those that the model has to say are targets.
 
-A template that marks its completions with `{% generation %}` is believed, by transformers' own mask. With any other,
-an assistant's message is what the template adds when the message follows its generation prompt; that the added text is
-the same in the whole conversation is checked for every conversation, at the price of two more renderings per message.
-Nothing comes before a conversation's first message, which some templates cannot render: where the assistant has it, it
-begins behind the first generation prompt in it. A token is a target where it holds a character of a completion. Line
-breaks behind the token that ends a turn are none: nobody generates them.
+A template that marks its completions with `{% generation %}` is believed. With any other, an assistant's message is
+what the template adds when the message follows its generation prompt; that the added text is the same in the whole
+conversation is checked for every conversation, with two more renderings per message. Nothing comes before a
+conversation's first message, which some templates cannot render: where the assistant has it, it begins behind the first
+generation prompt in it. A token is a target where it holds a character of a completion. Line breaks behind the token
+that ends a turn are none: nobody generates them.
 
 Letters: T tokens of one document.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,13 @@ import numpy as np
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from tokenizers.decoders import DecodeStream
 
+from distill.data.documents.messages import Conversation, Message
 from distill.errors import DocumentError, UserError
 from distill.sources import resolve
 
 MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-Message = dict[str, Any]
+BYTE_ORDER_MARK = "\ufeff"
+Spans = list[tuple[int, int]]  # first character of each stretch of a text, and the one behind it
 
 
 @dataclass(frozen=True)
@@ -55,97 +57,196 @@ def template_of(tokenizer: Any, chat: Chat) -> str:
             f"data.chat_template: null, and the tokenizer {tokenizer.name_or_path!r} has none of its own; give a Jinja "
             "file, or an instruction-tuned model's tokenizer (data.tokenizer)"
         ) from error
-    return template
+    return template.removeprefix(BYTE_ORDER_MARK)
 
 
-def encode_conversation(
-    tokenizer: Any, messages: Sequence[Message], chat: Chat, prompt: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Ids, int32 [T], and which of them are targets, bool [T].
+@dataclass(frozen=True)
+class Renderer:
+    """A template with what a row says of it.
 
     Args:
-        tokenizer: a fast tokenizer.
-        messages: with role and content.
-        chat: template and choice of targets.
-        prompt: this many messages at the beginning are no targets, whoever says them.
-
-    Raises:
-        DocumentError: a message lacks role or content, the template refuses them, or completions cannot be told.
-        UserError: there is no template.
+        tokenizer: whose special tokens the template may use.
+        template: Jinja text.
+        tools: that the template tells of.
+        options: further variables.
     """
-    template = template_of(tokenizer, chat)
-    conversation = [_clean(number, message) for number, message in enumerate(messages, start=1)]
-    marked = chat.completion_only_loss and MARK.search(template) is not None
 
-    def render(messages: list[Message], **options: Any) -> Any:
+    tokenizer: Any
+    template: str
+    tools: list[Any] | None
+    options: dict[str, Any]
+
+    def text(self, messages: Sequence[Message], **options: Any) -> str:
+        """The messages as the template has them.
+
+        Raises:
+            DocumentError: the template refuses them.
+            UserError: it is no template.
+        """
+        return self._told(
+            self.tokenizer.apply_chat_template,
+            list(messages),
+            chat_template=self.template,
+            tools=self.tools,
+            tokenize=False,
+            **self.options,
+            **options,
+        )
+
+    def marked(self, messages: Sequence[Message]) -> Spans:
+        """What the template marks as generated."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        variables = {**self.tokenizer.special_tokens_map, **self.options}
+        _, [spans] = self._told(
+            render_jinja_template,
+            [list(messages)],
+            chat_template=self.template,
+            tools=self.tools,
+            return_assistant_tokens_mask=True,
+            **variables,
+        )
+        return [(start, stop) for start, stop in spans]
+
+    def _told(self, render: Callable[..., Any], *messages: Any, **options: Any) -> Any:
         try:
-            return tokenizer.apply_chat_template(messages, chat_template=template, **chat.template_options, **options)
+            return render(*messages, **options)
         except TemplateSyntaxError as error:
             raise UserError(f"data.chat_template: line {error.lineno}: {error.message}; repair it") from error
         except (TemplateError, TypeError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             raise DocumentError(f"the chat template refuses it ({reason})", "repair or remove it") from error
 
-    text = render(conversation, tokenize=False)
-    if marked:
-        mapping = {"return_offsets_mapping": True}
-        encoded = render(conversation, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs=mapping)
-    else:
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+
+def encode_conversation(
+    tokenizer: Any, conversation: Conversation, chat: Chat, prompt: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids, int32 [T], and which of them are targets, bool [T].
+
+    Args:
+        tokenizer: a fast tokenizer.
+        conversation: messages and what is said of them.
+        chat: template and choice of targets.
+        prompt: this many messages at the beginning are no targets, whoever says them.
+
+    Raises:
+        DocumentError: the template refuses the messages, or completions cannot be told.
+        UserError: there is no template.
+    """
+    options = {**chat.template_options, **conversation.options}
+    renderer = Renderer(tokenizer, template_of(tokenizer, chat), conversation.tools, options)
+    messages = conversation.messages
+    try:
+        text = renderer.text(messages)
+    except DocumentError:
+        if not conversation.spelt:
+            raise
+        messages = conversation.as_text()
+        text = renderer.text(messages)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids_T = np.asarray(encoded["input_ids"], dtype=np.int32)
+    starts_T, ends_T = covered(np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2))
+
+    def within(spans: Spans) -> np.ndarray:
+        held_T = np.zeros(len(ids_T), dtype=bool)
+        for start, stop in spans:
+            held_T |= (starts_T < stop) & (ends_T > np.maximum(starts_T, start))
+        return held_T
+
+    turns = Turns(renderer, messages, text)
+    unlearnt = [index for index, learnt in enumerate(conversation.learnt) if learnt is False]
     if not chat.completion_only_loss:
-        return ids_T, np.ones(len(ids_T), dtype=bool)
-    starts_T, ends_T = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
-
-    def opening(index: int) -> str:
-        """The text up to where message `index` is generated."""
-        if index:
-            opened: str = render(conversation[:index], tokenize=False, add_generation_prompt=True)
-            if not text.startswith(opened):
-                _unstable(index)
-            return opened
-        asked = [{"role": "user", "content": "x"}]
-        prompted = render(asked, tokenize=False, add_generation_prompt=True)
-        mark = prompted.removeprefix(render(asked, tokenize=False))
-        if not mark or mark not in text:
-            _unstable(index)
-        return text[: text.index(mark) + len(mark)]
-
-    if marked:
-        targets_T = np.asarray(encoded["assistant_masks"], dtype=bool)
-        return ids_T, targets_T & (ends_T > len(opening(prompt))) if prompt else targets_T
+        return ids_T, ~within([turns.span(index) for index in unlearnt])
+    said = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     targets_T = np.zeros(len(ids_T), dtype=bool)
+    if MARK.search(renderer.template):
+        if prompt < len(messages):
+            targets_T = within(renderer.marked(messages)) & (ends_T > (turns.opening(prompt) if prompt else 0))
+        return ids_T, targets_T & ~within([turns.span(index) for index in unlearnt if index in said])
     special_T = np.isin(ids_T, tokenizer.all_special_ids)
-    for index, message in enumerate(conversation):
-        if index < prompt or message["role"] != "assistant":
+    for index in said:
+        if index < prompt or index in unlearnt:
             continue
-        opened = opening(index)
-        closed = render(conversation[: index + 1], tokenize=False) if index + 1 < len(conversation) else text
-        if not text.startswith(closed) or len(closed) < len(opened):
-            _unstable(index)
-        span_T = (starts_T < len(closed)) & (ends_T > np.maximum(starts_T, len(opened)))
+        start, stop = turns.span(index)
+        span_T = within([(start, stop)])
         turn_ends = np.flatnonzero(span_T & special_T)
-        if len(turn_ends) and not text[ends_T[turn_ends[-1]] : len(closed)].strip():
+        if len(turn_ends) and not text[ends_T[turn_ends[-1]] : stop].strip():
             span_T[turn_ends[-1] + 1 :] = False
         targets_T |= span_T
     return ids_T, targets_T
 
 
-def _clean(number: int, message: Message) -> Message:
-    """Without the empty keys that a table fills in where messages have different ones.
+def covered(offsets_T2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First character of each token, and the one behind it, so that the tokens leave out nothing of the text.
 
-    Templates make "None" of missing content, or refuse it, but for what comes without, such as calls of tools.
+    Some tokenizers trim blanks off their offsets, and a token of blanks alone then has no width. What lies between a
+    token and those before it belongs to it.
+
+    Args:
+        offsets_T2: as tokenizers return them, int64 [T, 2].
+
+    Returns:
+        int64 [T] each.
+
+    Example:
+        >>> covered(np.array([[0, 2], [5, 5], [6, 8]]))
+        (array([0, 2, 5]), array([2, 5, 8]))
     """
-    remedy = "repair or remove it"
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise DocumentError(f"message {number} has no role", remedy)
-    if message.get("content") is None and all(message[key] is None for key in message.keys() - {"role"}):
-        raise DocumentError(f"message {number} ({message['role']}) has no content", remedy)
-    return {key: value for key, value in message.items() if value is not None or key == "content"}
+    starts_T, ends_T = offsets_T2.T
+    reached_T = np.concatenate([[0], np.maximum.accumulate(ends_T)[:-1]]) if len(ends_T) else ends_T
+    return np.minimum(starts_T, reached_T), ends_T
 
 
-def _unstable(index: int) -> None:
-    raise DocumentError(
+@dataclass(frozen=True)
+class Turns:
+    """Where the messages of a conversation lie in its text.
+
+    Args:
+        renderer: of the text.
+        messages: all of them.
+        text: as the template has it.
+    """
+
+    renderer: Renderer
+    messages: Sequence[Message]
+    text: str
+
+    def span(self, index: int) -> tuple[int, int]:
+        """The characters of a message that is generated: what it adds to those before it and its generation prompt.
+
+        Raises:
+            DocumentError: the text before it, or its own, is another one in the whole conversation.
+        """
+        start, last = self.opening(index), index + 1 == len(self.messages)
+        closed = self.text if last else self.renderer.text(self.messages[: index + 1])
+        if not self.text.startswith(closed) or len(closed) < start:
+            raise _unstable(index)
+        return start, len(closed)
+
+    def opening(self, index: int) -> int:
+        """The character at which message `index` begins, once the template has announced it.
+
+        Raises:
+            DocumentError: the text before it is another one in the whole conversation.
+        """
+        assistant = self.messages[index]["role"] == "assistant"
+        if index:
+            opened = self.renderer.text(self.messages[:index], add_generation_prompt=assistant)
+            if not self.text.startswith(opened):
+                raise _unstable(index)
+            return len(opened)
+        if not assistant:
+            return 0
+        asked = [{"role": "user", "content": "x"}]
+        prompted = self.renderer.text(asked, add_generation_prompt=True)
+        mark = prompted.removeprefix(self.renderer.text(asked))
+        if not mark or mark not in self.text:
+            raise _unstable(index)
+        return self.text.index(mark) + len(mark)
+
+
+def _unstable(index: int) -> DocumentError:
+    return DocumentError(
         f"what comes before message {index + 1} or the message itself reads otherwise in the whole conversation, so "
         "completions cannot be told",
         "mark them with {% generation %} in a template of your own, or set data.completion_only_loss to false",
@@ -169,10 +270,10 @@ def read_template(source: str | None) -> str | None:
         UserError: the file does not exist or is no text.
     """
     if source is None or "{%" in source or "{{" in source:
-        return source
+        return source and source.removeprefix(BYTE_ORDER_MARK)
     path = Path(resolve(source, "data.chat_template"))
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"data.chat_template: {source!r} is neither a template nor a file that can be read; give a Jinja file"

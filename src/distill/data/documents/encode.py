@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 
 from distill.data.documents.chat import Chat, decoded_bytes, encode_conversation, template_of
-from distill.data.documents.forms import form_of
+from distill.data.documents.forms import form_of, restored
+from distill.data.documents.messages import conversation_of
+from distill.data.documents.reading import without_nulls
+from distill.data.documents.tokens import IGNORE, tokens_of
 from distill.errors import DocumentError, UserError
 
-IGNORE = -100  # label of a position that is no target
 TOLD = 3  # bad documents that an error names
 Document = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids and labels, int32 [T]; bytes, int64 [T]
 
@@ -86,39 +88,43 @@ class Encoder:
     source: str = "data.dataset"
 
     def __call__(self, batch: dict[str, list[Any]], first: int = 0) -> list[Document]:
-        """Documents of a batch of columns; those that are missing are empty.
+        """Documents of a batch of columns, a row's behind each other; those that are missing are empty.
 
         Args:
-            batch: the columns of a form.
-            first: documents before these, for error messages.
+            batch: the columns of a form, nested values perhaps as `stored` keeps them.
+            first: rows before these, for error messages.
 
         Raises:
             UserError: documents are not of their form; names the first few.
         """
-        columns = list(zip(*batch.values(), strict=True))
         form = form_of(list(batch))
         if form == "text":
             return [(ids_T, ids_T, bytes_T) for ids_T, bytes_T in tokenize(self.tokenizer, batch["text"])]
+        rows = [
+            {name: _plain(value) for name, value in zip(batch, values, strict=True)}
+            for values in zip(*batch.values(), strict=True)
+        ]
         if form == "tokens":
-            return self._each(self._tokens, columns, first)
+            return self._each(self._tokens, rows, first)
         if form == "messages":
-            return self._each(self._conversation, columns, first)
-        if any(isinstance(side, str) for sides in columns for side in sides):
-            return self._completions(batch["prompt"], batch["completion"])
-        return self._each(self._reply, columns, first)
+            return self._each(self._conversation, rows, first)
+        if not any(isinstance(row[side], str) for row in rows for side in ("prompt", "completion")):
+            return self._each(self._reply, rows, first)
+        self._each(_check_sides, rows, first)
+        return self._completions([row["prompt"] for row in rows], [row["completion"] for row in rows])
 
-    def _each(self, encode: Callable[..., Document], columns: list[tuple[Any, ...]], first: int) -> list[Document]:
-        """Documents one by one; of those that cannot be encoded the first few are told in one error."""
+    def _each(self, encode: Callable[..., list[Document]], rows: list[dict[str, Any]], first: int) -> list[Document]:
+        """Documents row by row; of rows that cannot be encoded the first few are told in one error."""
         documents: list[Document] = []
         bad: list[DocumentError] = []
         places: dict[str, list[str]] = {}
-        for number, document in enumerate(columns, start=first + 1):
+        for number, row in enumerate(rows, start=first + 1):
             try:
-                documents.append(encode(*document))
+                documents += encode(**row)
             except DocumentError as error:
                 bad.append(error)
                 if (error.key, error.remedy) == (bad[0].key, bad[0].remedy):
-                    places.setdefault(error.reason, []).append(self.place(number, document))
+                    places.setdefault(error.reason, []).append(self.place(number, tuple(row.values())))
                 if len(bad) == TOLD:
                     break
         if bad:
@@ -130,7 +136,7 @@ class Encoder:
         """What the result depends on beside the documents, as plain values."""
         tokenizer = self.tokenizer
         parts: list[Any] = [tokenizer_hash(tokenizer)]
-        if form in ("messages", "prompt_completion"):
+        if form != "text":
             parts.append(self.chat.completion_only_loss)
         if form == "messages" or (form == "prompt_completion" and self._template() is not None):
             parts += [self._template(), tokenizer.special_tokens_map, asdict(self.chat)]
@@ -141,14 +147,16 @@ class Encoder:
             return None
         return template_of(self.tokenizer, self.chat)
 
-    def _reply(self, prompt: list[dict[str, Any]] | None, completion: list[dict[str, Any]] | None) -> Document:
-        return self._conversation([*(prompt or []), *(completion or [])], len(prompt or []))
+    def _reply(self, prompt: Any = None, completion: Any = None, **more: Any) -> list[Document]:
+        sides = [*(prompt or []), *(completion or [])]
+        return self._conversation(sides, prompt=len(prompt or []), **more)
 
-    def _conversation(self, messages: list[dict[str, Any]] | None, prompt: int = 0) -> Document:
+    def _conversation(self, messages: Any = None, prompt: int = 0, **more: Any) -> list[Document]:
         if not messages:
-            return _empty()
-        ids_T, targets_T = encode_conversation(self.tokenizer, messages, self.chat, prompt)
-        return ids_T, np.where(targets_T, ids_T, IGNORE).astype(np.int32), decoded_bytes(self.tokenizer, ids_T)
+            return [_empty()]
+        ids_T, targets_T = encode_conversation(self.tokenizer, conversation_of(messages, **more), self.chat, prompt)
+        labels_T = np.where(targets_T, ids_T, IGNORE).astype(np.int32)
+        return [(ids_T, labels_T, decoded_bytes(self.tokenizer, ids_T))]
 
     def _completions(self, prompts: list[str | None], completions: list[str | None]) -> list[Document]:
         """Texts of which the tokens that hold a character of the completion, and the last, are targets."""
@@ -164,27 +172,26 @@ class Encoder:
             documents.append((ids_T, labels_T, bytes_T))
         return documents
 
-    def _tokens(self, ids: Sequence[int] | None, labels: Sequence[int] | None = None) -> Document:
-        if not ids:
-            return _empty()
-        ids_T = np.asarray(ids, dtype=np.int64)
-        labels_T = ids_T if labels is None else np.asarray(labels, dtype=np.int64)
-        if len(labels_T) != len(ids_T):
-            raise DocumentError(
-                f"{len(ids_T)} input_ids and {len(labels_T)} labels",
-                f"give one label per token, {IGNORE} where it is no target",
-            )
-        known = len(self.tokenizer)
-        wrong = [
-            *ids_T[(ids_T < 0) | (ids_T >= known)],
-            *labels_T[(labels_T >= known) | ((labels_T < 0) & (labels_T != IGNORE))],
-        ]
-        if wrong:
-            raise DocumentError(
-                f"the id {wrong[0]} is none of the tokenizer's {known}", "tokenise with the teacher's tokenizer"
-            )
-        ids_T = ids_T.astype(np.int32)
-        return ids_T, labels_T.astype(np.int32), decoded_bytes(self.tokenizer, ids_T)
+    def _tokens(self, **row: Any) -> list[Document]:
+        parts = tokens_of(row, len(self.tokenizer), self.chat.completion_only_loss)
+        return [(*part, decoded_bytes(self.tokenizer, part[0])) for part in parts] or [_empty()]
+
+
+def _plain(value: Any) -> Any:
+    """A value as its file had it; a table's own nested types fill with null what a row lacks."""
+    return restored(value) if isinstance(value, bytes) else without_nulls(value)
+
+
+def _check_sides(
+    prompt: str | None, completion: str | None, tools: Any = None, chat_template_kwargs: Any = None
+) -> list[Document]:
+    """Refuses what texts have no place for."""
+    if tools or chat_template_kwargs:
+        name = "tools" if tools else "chat_template_kwargs"
+        raise DocumentError(
+            f"it has {name}, and a prompt of text has no template", "give lists of messages, or drop it"
+        )
+    return []
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

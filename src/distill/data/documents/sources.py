@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
-from distill.data.documents.files import local_files
+from distill.data.documents.folders import find_files
 from distill.data.documents.forms import FormOption
 from distill.errors import UserError, did_you_mean
 
@@ -100,15 +100,27 @@ def _part(place: int, given: str | dict[str, Any]) -> Source:
 def validation_sources(sources: Sequence[Source], split: float | str) -> list[tuple[Source, str]]:
     """Sources of validation rows alone and the YAML key that names them; none where rows are held out.
 
+    Args:
+        sources: of the training rows.
+        split: a fraction, a split that all of them have, or another local source.
+
     Raises:
-        UserError: a split of local files.
+        UserError: local data have no such split, and it is no local source.
     """
     if not isinstance(split, str):
         return []
     key = "data.validation_split"
-    names = [name for s in sources for name in ([s.dataset] if isinstance(s.dataset, str) else s.dataset)]
-    if all(local_files(name, "data.dataset") is None for name in names):
+    names = [(name, s) for s in sources for name in ([s.dataset] if isinstance(s.dataset, str) else s.dataset)]
+    places = [find_files(name, "data.dataset", source.dataset_config) for name, source in names]
+    wanted = split.partition("[")[0]
+    if all(found is None or wanted in found.splits for found in places):
         return [(replace(source, split=split), "data.dataset") for source in sources]
-    if local_files(split, key) is not None:
-        return [(replace(sources[0], dataset=split, weight=None), key)]
-    raise UserError(f"{key}: {split!r} is no local file, and local data have no splits; give a file or a fraction")
+    if (found := find_files(split, key)) is not None:
+        if found.splits:
+            raise UserError(
+                f"{key}: the folder {split!r} has the splits {', '.join(found.splits)}; give a file of one of them"
+            )
+        return [(replace(sources[0], dataset=split, weight=None, split="train"), key)]
+    there = [name for found in places if found is not None for name in found.splits]
+    have = f"have the splits {', '.join(there)}" if there else "have no splits"
+    raise UserError(f"{key}: {split!r} is no local file, and local data {have}; give a file or a fraction")

@@ -14,7 +14,7 @@ Letters: W ranks.
 
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -135,7 +135,12 @@ def beginning(source: str | list[str], number: int, document: tuple[Any, ...]) -
 
 
 def open_streams(
-    sources: Sequence[tuple[Source, str]], packer: Packer, block: int, seed: int, held_out: float = 0.0
+    sources: Sequence[tuple[Source, str]],
+    packer: Packer,
+    block: int,
+    seed: int,
+    held_out: float = 0.0,
+    tell: Callable[[str], object] = str,
 ) -> list[Stream]:
     """The streams of several sources.
 
@@ -145,6 +150,7 @@ def open_streams(
         block: see `Stream`, as for what follows.
         seed: likewise.
         held_out: likewise.
+        tell: see `open_stream`.
 
     Raises:
         UserError: a source cannot be read, or several have no weights.
@@ -153,7 +159,7 @@ def open_streams(
         raise UserError("data.dataset: streams have no known length to be mixed by; give every part a weight")
     streams = []
     for source, key in sources:
-        documents, columns = open_stream(source.dataset, **source.options(), key=key)
+        documents, columns = open_stream(source.dataset, **source.options(), key=key, tell=tell)
         encoder = replace(packer.encoder, place=partial(beginning, source.dataset))
         own = replace(packer, encoder=encoder)
         streams.append(Stream(documents, columns, own, block, seed, held_out, source.weight or 1.0))

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distill.data.documents.chat import Chat
-from distill.data.documents.encode import IGNORE, Document, Encoder
-from distill.data.documents.files import bars_on_terminals
-from distill.data.documents.forms import form_of
+from distill.data.documents.encode import Document, Encoder
+from distill.data.documents.forms import form_of, goes_on
+from distill.data.documents.hub import bars_on_terminals
+from distill.data.documents.tokens import IGNORE
 from distill.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ NUMBERS = (
     "cut_documents",  # of these, the ones that were cut
     "cut_tokens",  # that these lost
 )
-ROW_FORMAT = 2  # part of the cache's key; a change of what a row holds is a new number
+ROW_FORMAT = 3  # part of the cache's key; a change of what a row holds is a new number
 BLOCK = {"text": 256}  # documents of one call: long ones where texts are joined, more where rows are filled by fit
 
 
@@ -122,7 +123,8 @@ class Packer:
         encoder: of the documents.
         sequence_length: L.
         packing: join documents; otherwise each starts a row of its own.
-        documents: how many there will be, so that the last call lets go of the unfinished row; None = every call does.
+        documents: how many rows of them there will be, so that the last call lets go of the unfinished row; None =
+            every call does.
     """
 
     encoder: Encoder
@@ -139,9 +141,8 @@ class Packer:
     def rows(self, batch: dict[str, list[Any]]) -> list[dict[str, Any]]:
         """The rows that a batch of the columns of a form completes."""
         encoded = self.encoder(batch, self.seen)
-        self.seen += len(encoded)
-        splits = form_of(list(batch)) == "text" or list(batch) == ["input_ids"]
-        pieces = self._stream(encoded) if splits else self._whole(encoded)
+        self.seen += len(next(iter(batch.values())))
+        pieces = self._stream(encoded) if goes_on(list(batch)) else self._whole(encoded)
         return [row for row in map(make_row, pieces) if row["tokens"]]
 
     def _whole(self, documents: list[Document]) -> list[Piece]:

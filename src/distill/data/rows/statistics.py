@@ -28,7 +28,7 @@ def describe_table(what: str, documents: "Dataset", rows: "Dataset", form: str, 
     sums = {name: int(np.sum(rows[name][:])) for name in ("documents", "cut_documents", "cut_tokens")}
     tokens = int(pc.sum(pc.list_value_length(rows.data.column("input_ids"))).as_py())
     filled = tokens / (rows.num_rows * sequence_length)
-    left_out = documents.num_rows - sums["documents"]
+    left_out = max(0, documents.num_rows - sums["documents"])  # a row of tokens may hold several
     read, packed = several(documents.num_rows, "document"), several(rows.num_rows, "row")
     return (
         f"Data: {what}{read} ({form}), {tokens:,} tokens in {packed} of at most {sequence_length}, {filled:.1%} full; "

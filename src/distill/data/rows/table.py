@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from distill.data.documents.encode import IGNORE
+from distill.data.documents.tokens import IGNORE
 
 
 @dataclass(frozen=True)
