@@ -10,8 +10,12 @@ quickstart: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest -q -m "not slow"
 
-test-all: .venv/ready
+test-all: .venv/ready build/triton
 	$(BIN)/python -m pytest -q
+
+# For the kernel's tests, which run it in triton's interpreter; out of .venv, where torch would find it and use it.
+build/triton:
+	$(BIN)/pip install --quiet --no-deps --target $@ triton==3.9.0
 
 lint: .venv/ready
 	$(BIN)/ruff check .

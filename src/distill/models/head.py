@@ -7,6 +7,7 @@ Shapes: N tokens, D hidden width, V vocabulary.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from distill.errors import UserError
+
+_PART_BYTES = 16 << 20  # of a sum, where products must be widened afterwards
 
 # (model type starts with, config entry, multiplies the logits or divides them)
 _SCALES = (
@@ -70,19 +73,48 @@ class LMHead:
         )
 
 
+@cache
+def widens(device: str) -> bool:
+    """Whether a type of device multiplies 16-bit matrices into fp32 ones; tried once, for not every build of torch can.
+
+    A sum kept in 16 bits would lose what small gradients add.
+    """
+    if device != "cuda":
+        return False
+    total, ones = (torch.zeros(16, 16, device=device, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    try:
+        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
 def logits_dtype(compute: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype of logits: CUDA widens 16-bit products on the fly, elsewhere they are rounded to `compute`."""
-    return torch.float32 if device.type == "cuda" and compute.itemsize < 4 else compute
+    return torch.float32 if compute.itemsize < 4 and widens(device.type) else compute
 
 
 def mm_into(out: Tensor, left: Tensor, right: Tensor) -> None:
     """out = left @ right, widened on the fly where the device can."""
     if left.dtype == out.dtype:
         torch.mm(left, right, out=out)
-    elif left.is_cuda:
+    elif widens(left.device.type):
         torch.mm(left, right, out_dtype=out.dtype, out=out)
     else:
         out.copy_(torch.mm(left, right))
+
+
+def addmm_into(total: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
+    """total += factor * left @ right, accumulated in the dtype of `total`."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right, alpha=factor)
+    elif widens(left.device.type):
+        torch.addmm(total, left, right, out_dtype=total.dtype, alpha=factor, out=total)
+    else:  # in parts: product and widened product of the whole would be two more tensors as large as the head
+        rows = max(1, _PART_BYTES // (right.shape[1] * total.element_size()))
+        for start in range(0, len(total), rows):
+            part = slice(start, start + rows)
+            total[part].add_(torch.mm(left[part], right), alpha=factor)
 
 
 def lm_head_of(model: PreTrainedModel) -> LMHead:

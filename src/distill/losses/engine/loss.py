@@ -120,12 +120,17 @@ class _WithGradients(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         gradients: list[Tensor | None] = ctx.gradients  # type: ignore[attr-defined]
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
+        dtypes: list[torch.dtype | None] = ctx.dtypes  # type: ignore[attr-defined]
+        last = not torch._C._autograd._get_current_graph_task_keep_graph()
+        if last:
             ctx.gradients = None  # type: ignore[attr-defined]
-            for gradient in gradients:  # nobody reads them again: no second copy of [V, D]
-                if gradient is not None:
-                    gradient.mul_(grad_output)
-        else:
-            gradients = [None if gradient is None else gradient * grad_output for gradient in gradients]
-        dtypes = ctx.dtypes  # type: ignore[attr-defined]
-        return None, None, *(None if g is None else g.to(d) for g, d in zip(gradients, dtypes, strict=True))
+        return None, None, *(_scaled(g, grad_output, d, last) for g, d in zip(gradients, dtypes, strict=True))
+
+
+def _scaled(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype | None, last: bool) -> Tensor | None:
+    """The product in another dtype; in place if nobody reads the gradient again: no second copy of [V, D]."""
+    if gradient is None or dtype is None:
+        return None
+    if gradient.dtype != dtype and gradient.is_cuda:  # one pass; a CPU would make the copy first
+        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+    return (gradient.mul_(factor) if last else gradient * factor).to(dtype)

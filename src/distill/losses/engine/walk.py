@@ -1,9 +1,10 @@
 """The walk of the loss engine over chunks of tokens: matrix products, buffers and the order of the steps.
 
-Two reusable buffers hold one chunk of logits each; the element-wise work goes through a chunk in blocks of rows: on a
-CPU a few, which stay in its cache, elsewhere enough to keep the device busy. So nearly all of the memory goes to the
-chunk, and the larger it is, the faster are the matrix products. The student's buffer ends up holding the gradient of
-its own logits.
+Two reusable buffers hold one chunk of logits each. Where one kernel can do it (`fused.py`), the element-wise work is
+one launch a chunk; else it goes through a chunk in blocks of rows: on a CPU a few, which stay in its cache, elsewhere
+enough to keep the device busy. So nearly all of the memory goes to the chunk, and the larger it is, the faster are the
+matrix products. The student's buffer ends up holding the gradient of its own logits, unless products are in 16 bits
+and logits are not.
 
 Shapes: N tokens, C tokens of a chunk, R rows of a block, D hidden width, V vocabulary of a model, S shared vocabulary.
 """
@@ -11,19 +12,22 @@ Shapes: N tokens, C tokens of a chunk, R rows of a block, D hidden width, V voca
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from distill.losses.engine import fused
 from distill.losses.engine.divergence import KDLoss
 from distill.losses.engine.rows import BUFFERS, Buffers, nll_rows, statistics_rows
 from distill.losses.engine.targets import Targets
-from distill.models.head import LMHead, logits_dtype, mm_into
+from distill.models.head import LMHead, addmm_into, logits_dtype, mm_into
 from distill.models.precision import product_dtype
 
 _CHUNK_BYTES_CPU = 256 << 20  # of all buffers; more buys nothing once a chunk has a few hundred tokens
-_CHUNK_BYTES_ELSEWHERE = 1 << 30
-_PART_BYTES = 16 << 20  # of the head's gradient, where products must be widened afterwards
+_CHUNK_BYTES_ELSEWHERE = 2 << 30  # each chunk reads and writes the head's gradient once
+_TILE = 256  # tokens of a chunk are a multiple of it on an accelerator, as matrix units work in tiles
+_ALIGNED = 64  # ids of a product are a multiple of it there, and rows of logits begin at one
 _BLOCK_BYTES_CPU = 768 << 10  # of one buffer of a row block: all of them together stay in the cache
 _BLOCK_BYTES_ELSEWHERE = 32 << 20  # an element-wise pass then takes longer than its launch
 
@@ -70,24 +74,26 @@ def _compute_dtype(hidden_ND: Tensor) -> torch.dtype:
     return product_dtype(dtype, device)
 
 
-def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
-    """Consecutive slices of at most `size`, as equal as can be."""
+def _slices(start: int, stop: int, size: int, multiple: int = 1) -> Iterator[slice]:
+    """Consecutive slices of at most `size`, a multiple of `multiple`, as equal as can be."""
     total = stop - start
     count = -(-total // size)
-    for i in range(count):
-        yield slice(start + i * total // count, start + (i + 1) * total // count)
+    edges = [min(total, -(-(i * total // count) // multiple) * multiple) for i in range(count + 1)] if count else []
+    for first, last in pairwise(edges):
+        yield slice(start + first, start + last)
 
 
-def _addmm_(total: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
-    """total += factor * left @ right, accumulated in the dtype of `total`."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right, alpha=factor)
-    elif left.is_cuda:
-        torch.addmm(total, left, right, out_dtype=total.dtype, alpha=factor, out=total)
-    else:  # in parts: product and widened product of the whole would be two more tensors as large as the head
-        rows = max(1, _PART_BYTES // (right.shape[1] * total.element_size()))
-        for part in _slices(0, len(total), rows):
-            total[part].add_(torch.mm(left[part], right), alpha=factor)
+def _matrix(like: Tensor, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """An empty (rows, width) on the device of `like`; on an accelerator rows begin at aligned addresses."""
+    if like.device.type == "cpu":
+        return like.new_empty(rows, width, dtype=dtype)
+    return like.new_empty(rows, -(-width // _ALIGNED) * _ALIGNED, dtype=dtype)[:, :width]
+
+
+def _parts(vocab: int, device: torch.device) -> list[slice]:
+    """The ids as one slice; on an accelerator a few may be one of their own, for products of odd widths are slow."""
+    even = vocab if device.type == "cpu" or vocab < _ALIGNED else vocab - vocab % _ALIGNED
+    return [slice(0, even)] + [slice(even, vocab)] * (even < vocab)
 
 
 class _Side:
@@ -98,17 +104,30 @@ class _Side:
         self.compute = _compute_dtype(hidden_ND)
         self.weight_VD = head.weight.detach().to(self.compute)
         self.head = head
+        self.parts = _parts(head.vocab_size, hidden_ND.device)
 
     def allocate(self, tokens: int) -> None:
-        self.logits_CV = self.hidden_ND.new_empty(
-            tokens, self.head.vocab_size, dtype=logits_dtype(self.compute, self.hidden_ND.device)
-        )
+        dtype = logits_dtype(self.compute, self.hidden_ND.device)
+        self.logits_CV = _matrix(self.hidden_ND, tokens, self.head.vocab_size, dtype)
 
     def load(self, chunk: slice) -> Tensor:
         """Fills the buffer with the linear map of a chunk; returns the chunk in the compute dtype, (C, D)."""
         hidden_CD = self.hidden_ND[chunk].to(self.compute)
-        mm_into(self.logits_CV[: len(hidden_CD)], hidden_CD, self.weight_VD.T)
+        for part in self.parts:
+            mm_into(self.logits_CV[: len(hidden_CD), part], hidden_CD, self.weight_VD[part].T)
         return hidden_CD
+
+    def add_gradients(
+        self, d_CV: Tensor, hidden_CD: Tensor, hidden_grad_CD: Tensor | None, weight_grad: Tensor | None, factor: float
+    ) -> None:
+        """Of a chunk's hidden states, without the factor, and of the head's weight, from that of its linear map."""
+        for part in self.parts:
+            if hidden_grad_CD is not None and part.start == 0:
+                mm_into(hidden_grad_CD, d_CV[:, part], self.weight_VD[part])
+            elif hidden_grad_CD is not None:
+                addmm_into(hidden_grad_CD, d_CV[:, part], self.weight_VD[part], 1.0)
+            if weight_grad is not None:
+                addmm_into(weight_grad[part], d_CV[:, part].T, hidden_CD, factor)
 
     def finished(self, block: slice, room: Tensor) -> Tensor:
         """Logits of a block with the head's bias, scale and soft-cap: in place, or in `room` if that is wider."""
@@ -143,10 +162,12 @@ def walk(
     chunk_size, block_size = sizes([side.head.vocab_size for side in sides], hidden_ND, dtype, chunk_size)
     for side in sides:
         side.allocate(chunk_size)
-    buffers = Buffers(BUFFERS, block_size * max(side.head.vocab_size for side in sides), hidden_ND, dtype)
+    one_kernel = not task.metrics and (targets is None or targets.whole) and fused.serves(student.logits_CV)
+    largest = 0 if one_kernel else block_size * max(side.head.vocab_size for side in sides)
+    buffers = Buffers(BUFFERS, largest, hidden_ND, dtype)
     gradient_CV = student.logits_CV
     if any(task.needs) and gradient_CV.dtype != student.compute:
-        gradient_CV = torch.empty_like(gradient_CV, dtype=student.compute)
+        gradient_CV = _matrix(hidden_ND, chunk_size, head.vocab_size, student.compute)
 
     values: dict[str, Tensor] = defaultdict(lambda: hidden_ND.new_empty(tokens, dtype=dtype))
     hidden_grad, weight_grad, bias_grad = gradients = [
@@ -154,20 +175,20 @@ def walk(
         for x, needed in zip((hidden_ND, head.weight, head.bias), task.needs, strict=True)
     ]
     unit = max(task.kd_factor, task.lm_weight or 0.0) * head.scale  # left out of the logits' gradient, see _combine
-    for chunk in _slices(0, tokens, chunk_size):
+    multiple = _TILE if chunk_size % _TILE == 0 and hidden_ND.device.type != "cpu" else 1
+    for chunk in _slices(0, tokens, chunk_size, multiple):
         hidden_CD = student.load(chunk)
         if teacher:
             teacher.load(chunk)
-        for rows in _slices(chunk.start, chunk.stop, block_size):
+        if one_kernel:
+            _fused_chunk(student, teacher, labels_N[chunk], task, chunk, values, gradient_CV)
+        for rows in () if one_kernel else _slices(chunk.start, chunk.stop, block_size):
             block = slice(rows.start - chunk.start, rows.stop - chunk.start)
             found = _block(student, teacher, targets, labels_N[rows], task, rows, block, buffers, gradient_CV[block])
             for name, value_R in found.items():
                 values[name][rows] = value_R
         d_CV = gradient_CV[: len(hidden_CD)]
-        if hidden_grad is not None:
-            mm_into(hidden_grad[chunk], d_CV, student.weight_VD)
-        if weight_grad is not None:
-            _addmm_(weight_grad, d_CV.T, hidden_CD, unit)
+        student.add_gradients(d_CV, hidden_CD, None if hidden_grad is None else hidden_grad[chunk], weight_grad, unit)
         if bias_grad is not None:
             bias_grad.add_(d_CV.sum(0, dtype=dtype), alpha=unit)
     if hidden_grad is not None:
@@ -187,8 +208,37 @@ def sizes(vocabs: list[int], like: Tensor, dtype: torch.dtype, chunk_size: int |
     if chunk_size is None:
         buffers = BUFFERS * block_size * max(vocabs)
         chunk_size = (chunk_bytes // dtype.itemsize - buffers) // sum(vocabs)
+        if like.device.type != "cpu" and chunk_size > _TILE:
+            chunk_size -= chunk_size % _TILE
     chunk_size = max(1, min(chunk_size, len(like)))
     return chunk_size, min(chunk_size, block_size)
+
+
+def _fused_chunk(
+    student: _Side,
+    teacher: _Side | None,
+    labels_C: Tensor,
+    task: Task,
+    chunk: slice,
+    values: dict[str, Tensor],
+    gradient_CV: Tensor,
+) -> None:
+    """Values of a chunk and the gradient of its logits by one kernel."""
+    tokens, unit = len(labels_C), max(task.kd_factor, task.lm_weight or 0.0)
+    factors = (task.kd_factor / unit, (task.lm_weight or 0.0) / unit) if unit else (0.0, 0.0)
+    fused.fused_rows_(
+        student.logits_CV[:tokens],
+        teacher.logits_CV[:tokens] if teacher else None,
+        labels_C,
+        gradient_CV[:tokens] if any(task.needs) else None,
+        values["kd"][chunk] if task.kd is not None else None,
+        values["lm"][chunk] if task.lm_weight is not None else None,
+        (student.head, teacher.head if teacher else student.head),
+        task.kd,
+        task.shared_vocab,
+        task.temperature,
+        factors,
+    )
 
 
 def _block(
