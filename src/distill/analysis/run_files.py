@@ -93,6 +93,12 @@ class RunFiles:
             value = value.get(part) if isinstance(value, dict) else None
         return value
 
+    @property
+    def monitor(self) -> str | None:
+        """The metric by which the run's best checkpoint is chosen, None where that is not known."""
+        metric = self.setting("checkpoint.init_args.monitor") or self.setting("checkpoint.monitor")
+        return metric if isinstance(metric, str) else None
+
     @cached_property
     def horizon(self) -> int | None:
         """Optimizer steps of the whole run, None where nothing tells."""

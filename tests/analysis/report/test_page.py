@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.analysis.report import runs, sections, tables
+from distill.analysis.report import quality, runs, tables
 from distill.commands.report import main, report
 from helpers.browser import CHROMIUM, Page, browse
 from helpers.written_run import CONFIG, METRICS, Reader, page, write
@@ -132,7 +132,7 @@ def test_report_of_a_real_run_has_every_section_and_its_figures(real):
 
 def test_charts_of_a_real_run_begin_with_what_was_measured_before_the_first_step(real):
     run = runs.read_run(real, "run")
-    for chart in sections.outcome([run])[:3]:
+    for chart in quality.outcome([run])[:3]:
         assert {line.x.tolist()[0] for line in chart.lines} == {0}, chart.title
         assert chart.lines[0].x.tolist() == [0, 3, 7, 11]
     start = {metric: float(series.values[0]) for metric, series in run.series.items() if metric.startswith("val/")}

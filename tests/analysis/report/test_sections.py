@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from distill.analysis.report import runs, sections, tables
+from distill.analysis.report import sections, tables
 from helpers.written_run import METRICS, read, write
 
 
@@ -26,11 +26,3 @@ def test_curriculum_is_drawn_over_progress_with_its_plan(folder):
     assert shown["kd, planned"].silent
     assert shown["kd, planned"].x.tolist() == [0.0, 100.0]
     assert tables.chart_table(chart)[0] == ["kd", "lm"]
-
-
-def test_teachers_that_differ_have_lines_of_their_own(tmp_path, folder):
-    other = write(tmp_path / "other", METRICS.replace(",16.0,", ",20.0,"))
-    labels = [line.label for line in sections.outcome(runs.read_runs([folder, other]))[1].lines]
-    assert labels == ["version_0", "other", "teacher of version_0", "teacher of other"]
-    same = write(tmp_path / "same")
-    assert [line.label for line in sections.outcome(runs.read_runs([folder, same]))[1].lines][2:] == ["teacher"]

@@ -28,7 +28,7 @@ def sets_disagree(run: RunFiles) -> list[Finding]:
             continue
         other, (high, low) = next(iter(falling.items()))
         choice = f"choose the checkpoint by {name} (checkpoint.monitor: {name})"
-        if run.setting("checkpoint.monitor") == name:
+        if run.monitor == name:
             choice = f"keep the checkpoint that {name} chose, near step {lowest.step}"
         findings.append(
             Finding(

@@ -13,8 +13,9 @@ from jinja2 import Environment
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
-from distill.analysis.report import sections, tables
+from distill.analysis.report import quality, sections, tables
 from distill.analysis.report.drawing import Chart, Drawing, draw, surface
+from distill.analysis.report.ranking import Ranking
 from distill.analysis.report.runs import RunHistory
 from distill.version import __version__
 
@@ -42,8 +43,8 @@ class Figure:
     summary: str
 
 
-def render(runs: list[RunHistory]) -> str:
-    """The page of these runs, the first one first."""
+def render(runs: list[RunHistory], ranking: Ranking | None = None) -> str:
+    """The page of these runs, the first one first, and of their order by a metric."""
     template = environment().from_string(asset("page.html"))
     numbers, axes = count(), surface()
     last_step = max((float(series.steps[-1]) for run in runs for series in run.series.values()), default=1.0) or 1.0
@@ -52,7 +53,9 @@ def render(runs: list[RunHistory]) -> str:
         return make_figure(chart, f"c{next(numbers)}", last_step, axes)
 
     parts = [
-        sections.weight_free(runs),
+        quality.weight_free(runs),
+        quality.validation_sets(runs),
+        quality.tasks(runs),
         sections.losses(runs),
         sections.optimisation(runs),
         sections.routing(runs),
@@ -66,8 +69,9 @@ def render(runs: list[RunHistory]) -> str:
         summary=tables.summary(runs, comparable=not caution),
         caution=caution,
         differences=differences,
-        outcome=sections.outcome(runs),
-        sections=parts,
+        ranking=ranking,
+        outcome=quality.outcome(runs),
+        sections=[part for part in parts if part is not None],
         figure=figure,
         version=__version__,
         made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),

@@ -196,6 +196,24 @@ def series_of_log(log: TrainingLog) -> dict[str, Series]:
     return {metric: make_series(*column) for metric, column in points.items()}
 
 
+def sets_of(runs: list[RunHistory]) -> list[str]:
+    """Names of the validation sets beside the first one, whose metrics have the plain names."""
+    names = dict.fromkeys(
+        name.split("/")[1] for run in runs for name in run.series if name.startswith("val/") and name.count("/") == 2
+    )
+    return [name for name in names if not all(is_first(run, name) for run in runs)]
+
+
+def is_first(run: RunHistory, name: str) -> bool:
+    """Whether a named validation set is the run's first one, logged under its own name too."""
+    pairs = [
+        (series, run.series.get(f"val/{metric.split('/')[2]}"))
+        for metric, series in run.series.items()
+        if metric.startswith(f"val/{name}/")
+    ]
+    return all(plain is not None and np.array_equal(plain.values, own.values) for own, plain in pairs)
+
+
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted key -> value; lists and empty mappings are values."""
     result: dict[str, Any] = {}

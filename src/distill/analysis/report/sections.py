@@ -1,12 +1,11 @@
-"""Which charts a report has, from the metrics' names alone; what was not logged becomes a sentence that says so."""
+"""How the student was trained: charts by the metrics' names alone; what was not logged becomes a sentence about it."""
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 
+from distill.analysis.report.charts import Group, Section, colour_of, only, overlay
 from distill.analysis.report.drawing import COLOURS, Chart, Line
 from distill.analysis.report.runs import RunHistory
 from distill.curriculum import WEIGHT_KEY, WEIGHT_KEYS, value_at
@@ -15,132 +14,6 @@ COLOUR = {name: index for index, name in enumerate(WEIGHT_KEY)}
 KEY_COLOUR = {key: list(WEIGHT_KEY.values()).index(key) for key in WEIGHT_KEYS}
 ROUTING = {"gate_entropy": ("Entropy of the gates", "nats"), "mean_gap": ("Gap to the experts", "mean squared error")}
 MEMORY = re.compile(r"memory|allocated_bytes\.all\.peak|/rss", re.IGNORECASE)
-
-
-@dataclass
-class Group:
-    """Charts side by side, under a heading where there is one of them for each run."""
-
-    heading: str
-    charts: list[Chart]
-
-
-@dataclass
-class Section:
-    """A part of the page.
-
-    Args:
-        identity: of its anchor.
-        title: its heading.
-        groups: its charts.
-        absent: sentences on what is not there.
-    """
-
-    identity: str
-    title: str
-    groups: list[Group] = field(default_factory=list)
-    absent: list[str] = field(default_factory=list)
-
-
-def colour_of(index: int) -> int:
-    """Colour of the run at `index`."""
-    return index % COLOURS
-
-
-def overlay(
-    runs: list[RunHistory], metric: str, title: str, unit: str, marked: bool = True, **options: object
-) -> Chart | None:
-    """One chart with a line for each run that logged the metric; None where none did."""
-    lines = []
-    for index, run in enumerate(runs):
-        series = run.series.get(metric)
-        if series is not None:
-            label = run.name if len(runs) > 1 else metric
-            kind = "marked" if marked else "line"
-            lines.append(
-                Line(label, series.steps, series.values, colour_of(index), index // COLOURS % 3, kind)  # type: ignore[arg-type]
-            )
-    return Chart(title, unit, lines, **options) if lines else None  # type: ignore[arg-type]
-
-
-def with_teacher(runs: list[RunHistory], chart: Chart | None, metric: str) -> Chart | None:
-    """The chart with the teacher's line, or with several where the runs' teachers differ."""
-    if chart is None:
-        return None
-    steps = np.unique(np.concatenate([line.x for line in chart.lines]))
-    teachers: dict[str, list[str]] = {}  # of one value, its runs
-    values = {}
-    for run in runs:
-        if metric in run.series:
-            value = run.series[metric].last
-            teachers.setdefault(f"{value:.5g}", []).append(run.name)
-            values[f"{value:.5g}"] = value
-    for key, names in teachers.items():
-        label = "teacher" if len(teachers) == 1 else f"teacher of {', '.join(names)}"
-        chart.lines.append(Line(label, steps, np.full(len(steps), values[key]), None, kind="reference"))
-    return chart
-
-
-def only(charts: Iterable[Chart | None]) -> list[Chart]:
-    """Those that there are."""
-    return [chart for chart in charts if chart is not None]
-
-
-def outcome(runs: list[RunHistory]) -> list[Chart]:
-    """The charts beside the table: KL, agreement and perplexity, and training against validation."""
-    perplexity = overlay(runs, "val/student_perplexity", "Perplexity", "on the validation set", logarithmic=True)
-    return only(
-        [
-            overlay(runs, "val/kl_div_T1", "KL to the teacher", "nats per token, T = 1", from_zero=True)
-            or overlay(runs, "val/bits_per_byte", "Bits per byte", "across tokenizers"),
-            with_teacher(runs, perplexity, "val/teacher_perplexity"),
-            agreement(runs),
-            train_and_validation(runs),
-        ]
-    )
-
-
-def agreement(runs: list[RunHistory]) -> Chart | None:
-    """Agreement of the likeliest token, and of the teacher's five likeliest where that was logged."""
-    chart = overlay(runs, "val/top1_agreement", "Agreement", "share of tokens", from_zero=True)
-    five = overlay(runs, "val/top5_agreement", "", "")
-    if chart is not None and five is not None:
-        for line in five.lines:
-            label = f"{line.label}, top 5" if len(runs) > 1 else line.label
-            chart.lines.append(replace(line, label=label, dash=1))
-    return chart
-
-
-def train_and_validation(runs: list[RunHistory]) -> Chart | None:
-    """Both totals on the same weighting."""
-    lines = []
-    for index, run in enumerate(runs):
-        prefix = f"{run.name} " if len(runs) > 1 else ""
-        train, validation = run.series.get("train/loss"), run.series.get("val/loss")
-        if train is not None:
-            lines.append(Line(f"{prefix}training", train.steps, train.values, colour_of(index), 2 if prefix else 0))
-        if validation is not None:
-            colour = colour_of(index) if prefix else 1
-            lines.append(Line(f"{prefix}validation", validation.steps, validation.values, colour, kind="marked"))
-    note = "Both totals carry the curriculum's weights of their step."
-    return Chart("Training and validation loss", "weighted total", lines, note=note) if lines else None
-
-
-def weight_free(runs: list[RunHistory]) -> Section:
-    """The other metrics that no weight enters."""
-    nll = overlay(runs, "val/student_nll", "Negative log-likelihood", "nats per token")
-    entropy = overlay(runs, "val/student_entropy", "Entropy of the prediction", "nats per token")
-    charts = only(
-        [
-            with_teacher(runs, nll, "val/teacher_nll"),
-            with_teacher(runs, entropy, "val/teacher_entropy"),
-            overlay(runs, "val/ece", "Calibration error", "15 equal bins", from_zero=True),
-        ]
-    )
-    section = Section("metrics", "Other weight-free metrics", [Group("", charts)] if charts else [])
-    if not charts:
-        section.absent.append("No validation was logged.")
-    return section
 
 
 def losses(runs: list[RunHistory]) -> Section:

@@ -1,19 +1,23 @@
 """The tables of a report: what people compare at the top, and how the configurations differ."""
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from distill.analysis.report.drawing import Chart
-from distill.analysis.report.runs import RunHistory, flat
+from distill.analysis.report.runs import RunHistory, flat, sets_of
 
 NONE = "\N{EN DASH}"  # in place of a figure that is not there
 POINTS = 100  # rows of a chart's table for each series
 # Where runs differ in these, they differ in teacher or validation set; of `data.` all but the last two.
 COMPARABLE = ("model.teacher", "data.")
 INCIDENTAL = ("data.per_device_batch_size", "data.num_workers")
+MORE_IS_BETTER = re.compile(
+    r"(acc|acc_norm|accuracy|exact_match|f1|bleu|rouge\w*|retention|acceptance|top\d_agreement|tokens_per_s)(,.*)?"
+)
 
 
 @dataclass
@@ -71,12 +75,14 @@ def median_speed(run: RunHistory) -> float | None:
     return None if series is None else float(np.median(series.values))
 
 
+Measure = tuple[str, str, Callable[[RunHistory], float | None], int, bool]
 # label, metric or what it is, how to read it, sign of better (-1 = less), whether it stands back
-SUMMARY: tuple[tuple[str, str, Callable[[RunHistory], float | None], int, bool], ...] = (
+SUMMARY: tuple[Measure, ...] = (
     ("KL to the teacher", "val/kl_div_T1", last("val/kl_div_T1"), -1, False),
     ("lowest", "of all validations", lowest_kl, -1, True),
     ("Top-1 agreement", "val/top1_agreement", last("val/top1_agreement"), 1, False),
     ("top-5", "val/top5_agreement", last("val/top5_agreement"), 1, True),
+    ("Acceptance", "val/acceptance", last("val/acceptance"), 1, False),
     ("Student perplexity", "val/student_perplexity", last("val/student_perplexity"), -1, False),
     ("teacher's", "val/teacher_perplexity", last("val/teacher_perplexity"), 0, True),
     ("student / teacher", "ratio", quotient("val/student_perplexity", "val/teacher_perplexity"), -1, True),
@@ -87,12 +93,31 @@ SUMMARY: tuple[tuple[str, str, Callable[[RunHistory], float | None], int, bool],
     ("validation / training", "same weighting", quotient("val/loss", "train/loss"), 0, True),
     ("Tokens per second", "median", median_speed, 1, False),
 )
+ON_EACH_SET = {"lowest": "kl_div_T1", "Acceptance": "acceptance", "Bits per byte": "bits_per_byte"}  # after these rows
+
+
+def more_is_better(metric: str) -> bool:
+    """Whether more of a metric is better, by its name's last part; less is better of losses and distances."""
+    return MORE_IS_BETTER.fullmatch(metric.rpartition("/")[2]) is not None
+
+
+def measures(runs: list[RunHistory]) -> Iterator[Measure]:
+    """The rows of the summary: the usual ones, those of further validation sets below them, and the tasks' scores."""
+    for measure in SUMMARY:
+        yield measure
+        label, _, _, sign, _ = measure
+        for name in sets_of(runs) if label in ON_EACH_SET else ():
+            metric = f"val/{name}/{ON_EACH_SET[label]}"
+            yield f"on {name}", metric, last(metric), sign, True
+    for metric in dict.fromkeys(name for run in runs for name in run.series if name.startswith("tasks/")):
+        if "_stderr" not in metric:
+            yield metric.removeprefix("tasks/"), metric, last(metric), 1 if more_is_better(metric) else 0, False
 
 
 def summary(runs: list[RunHistory], comparable: bool) -> list[Row]:
     """The figures that people compare, rows that no run has left out; the best of a row only where runs compare."""
     rows = [Row("Steps", "done / planned", [Cell(steps(run)) for run in runs])]
-    for label, metric, read, sign, minor in SUMMARY:
+    for label, metric, read, sign, minor in measures(runs):
         values = [read(run) for run in runs]
         known = [value for value in values if value is not None and math.isfinite(value)]
         if not any(value is not None for value in values):
