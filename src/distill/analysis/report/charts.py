@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -40,19 +41,23 @@ def colour_of(index: int) -> int:
 
 
 def overlay(
-    runs: list[RunHistory], metric: str, title: str, unit: str, marked: bool = True, **options: object
+    runs: list[RunHistory],
+    metric: str,
+    title: str,
+    unit: str,
+    marked: bool = True,
+    from_zero: bool = False,
+    logarithmic: bool = False,
 ) -> Chart | None:
     """One chart with a line for each run that logged the metric; None where none did."""
+    kind: Literal["marked", "line"] = "marked" if marked else "line"
     lines = []
     for index, run in enumerate(runs):
         series = run.series.get(metric)
         if series is not None:
             label = run.name if len(runs) > 1 else metric
-            kind = "marked" if marked else "line"
-            lines.append(
-                Line(label, series.steps, series.values, colour_of(index), index // COLOURS % 3, kind)  # type: ignore[arg-type]
-            )
-    return Chart(title, unit, lines, **options) if lines else None  # type: ignore[arg-type]
+            lines.append(Line(label, series.steps, series.values, colour_of(index), index // COLOURS % 3, kind))
+    return Chart(title, unit, lines, from_zero=from_zero, logarithmic=logarithmic) if lines else None
 
 
 def with_teacher(runs: list[RunHistory], chart: Chart | None, metric: str) -> Chart | None:

@@ -93,9 +93,9 @@ def scaled(run: RunHistory, stage: str, title: str) -> Chart | None:
 
 def components(run: RunHistory, stage: str, title: str) -> Chart | None:
     """Raw values before the curriculum."""
-    kind = "marked" if stage == "val" else "line"
+    kind: Literal["marked", "line"] = "marked" if stage == "val" else "line"
     lines = [
-        Line(name, series.steps, series.values, COLOUR[name], COLOUR[name] % 3, kind)  # type: ignore[arg-type]
+        Line(name, series.steps, series.values, COLOUR[name], COLOUR[name] % 3, kind)
         for name, series in run.components(f"{stage}/{{}}").items()
     ]
     return Chart(title, "before weighting", lines, logarithmic=True) if lines else None
@@ -113,8 +113,8 @@ def optimisation(runs: list[RunHistory]) -> Section:
     for run in runs:
         layer = run.series.get("gradients/layer")
         unit = "weighted" if layer is None else f"weighted, of layer {layer.last:g}"
-        pull = gradients(run, "norm", "Gradient norms of components", unit, logarithmic=True)
-        against = gradients(run, "cosine", "Gradient cosines of components", "with that of KD", limits=(-1.05, 1.05))
+        pull = gradients(run, "norm", "Gradient norms of components", unit)
+        against = gradients(run, "cosine", "Gradient cosines of components", "with that of KD")
         groups.append(Group(run.name, only([pull, against])))
     if len(runs) == 1:  # one grid
         groups = [Group("", [chart for group in groups for chart in group.charts])]
@@ -149,7 +149,7 @@ def rate_chart(runs: list[RunHistory]) -> Chart | None:
     return Chart("Learning rate", "per step", lines) if lines else None
 
 
-def gradients(run: RunHistory, figure: str, title: str, unit: str, **options: object) -> Chart | None:
+def gradients(run: RunHistory, figure: str, title: str, unit: str) -> Chart | None:
     """`gradients/<name>_norm` or `_cosine` of one run."""
     lines = []
     for metric, series in run.series.items():
@@ -158,7 +158,8 @@ def gradients(run: RunHistory, figure: str, title: str, unit: str, **options: ob
             colour = COLOUR.get(found[1], COLOUR.get(f"{found[1]}_loss"))
             lines.append(Line(found[1], series.steps, series.values, colour, (colour or 0) % 3))
     lines.sort(key=lambda line: len(WEIGHT_KEY) if line.colour is None else line.colour)
-    return Chart(title, unit, lines, **options) if lines else None  # type: ignore[arg-type]
+    limits = (-1.05, 1.05) if figure == "cosine" else None
+    return Chart(title, unit, lines, limits=limits, logarithmic=figure == "norm") if lines else None
 
 
 def routing(runs: list[RunHistory]) -> Section:
