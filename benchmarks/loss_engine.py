@@ -94,7 +94,7 @@ def loss_of(method: str, divergence: str) -> Callable[[Tensor, Tensor, Tensor, T
         liger = LigerFusedLinearJSDLoss(
             weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=method.endswith("compiled")
         )
-        return lambda h, w, th, tw: liger(h, w, th, tw, torch.zeros(len(h), dtype=torch.long))
+        return lambda h, w, th, tw: liger(h, w, th, tw, torch.zeros(len(h), dtype=torch.long, device=h.device))
     from distill.losses.engine.divergence import KDLoss
     from distill.losses.engine.loss import distillation_loss
     from distill.models.head import LMHead
@@ -104,7 +104,7 @@ def loss_of(method: str, divergence: str) -> Callable[[Tensor, Tensor, Tensor, T
         return distillation_loss(
             h,
             LMHead(w),
-            torch.zeros(len(h), dtype=torch.long),
+            torch.zeros(len(h), dtype=torch.long, device=h.device),
             DenseTargets(th, LMHead(tw)),
             kd=KDLoss(divergence),
             temperature=1.0,
