@@ -1,4 +1,4 @@
-"""A run made by the program before its modules were moved: it validates, exports, reports and resumes as it did then.
+"""A run made by the program before its modules were moved: it validates, exports and reports as it did then.
 
 `assets/old_run` was written by commit e6a6b10; the figures below are what that commit printed of it.
 """
@@ -56,11 +56,3 @@ def test_it_is_diagnosed_and_reported(old, capsys):
     assert [finding.name for finding in diagnose("run").findings] == ["preflight", "preflight"]
     assert report(["run", "--out", "report.html"]) == 0
     assert "routing_attention_alignment_loss" in (old / "report.html").read_text()
-
-
-def test_it_goes_on_from_its_checkpoint(old, distill):
-    config = yaml.safe_load((old / "run" / "config.yaml").read_text())
-    config["trainer"]["max_steps"] = 6
-    with pytest.warns(UserWarning, match="horizon was 4 steps in the checkpoint and is 6 now"):
-        cli = distill("fit", config, "--ckpt_path", "run/checkpoints/last.ckpt")
-    assert cli.trainer.global_step == 6

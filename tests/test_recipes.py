@@ -60,15 +60,19 @@ def test_the_moe_recipe_has_the_settings_of_the_earlier_trainer(elsewhere):
     model, data, trainer = cli.model, cli.datamodule, cli.trainer
     assert model.teacher_source == "huihui-ai/Huihui-MoE-1B-A0.6B"
     assert (data.per_device_batch_size, trainer.accumulate_grad_batches, data.sequence_length) == (2, 16, 256)
-    assert (model.learning_rate, model.router_learning_rate, model.warmup_steps) == (3e-5, 1e-4, 500)
+    assert (model.options.learning_rate, model.options.router_learning_rate, model.options.warmup_steps) == (
+        3e-5,
+        1e-4,
+        500,
+    )
     assert trainer.max_epochs == 3
-    assert model.gradient_checkpointing
+    assert model.options.gradient_checkpointing
     coefficients = dict.fromkeys(model.routing.components, 1.0) | {"routing_load_balancing_loss": 0.01}
     assert model.routing.coefficients == coefficients
     (curriculum,) = (callback for callback in trainer.callbacks if isinstance(callback, Curriculum))
     assert curriculum.weights == Curriculum().weights
     assert (curriculum.temperature, curriculum.top_k_experts) == (2.0, [[0, 1], [1, 3]])
-    student = load_config(model.student_sources["student_config"], vocab_size=151_936)
+    student = load_config(model.options.student_sources["student_config"], vocab_size=151_936)
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(student).num_parameters()
     assert parameters == 134_515_008 + (151_936 - 49_152) * 576  # SmolLM-135M with more rows of embeddings
@@ -134,7 +138,7 @@ def test_the_moe_recipe_runs_its_whole_curriculum(moe_run):
         figures = [block.values[key] for key in ("bar", "sum", "total", "grad")]
         assert max(figures) - min(figures) <= 1e-4
     assert len(model.components) == 7
-    assert model.kd_loss.top_k == 256
+    assert model.options.kd_loss.top_k == 256
     routing = [block for block in blocks if block.kind == "ROUTING LOSSES"]
     assert all(block.values["feature_matching_loss.raw"] > 0.1 for block in routing)
     evaluations = [block.values for block in blocks if block.kind == "Eval"]

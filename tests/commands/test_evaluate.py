@@ -60,11 +60,11 @@ def test_figures_are_those_of_whole_logits(run, report, assets):
     logprobs = {"teacher": [], "student": []}
     labels = []
     for batch in rows.val_dataloader():
-        keep = batch["positions"]
-        labels.append(batch["labels"].flatten()[keep + 1])
+        keep = batch.student.positions
+        labels.append(batch.student.labels.flatten()[keep + 1])
         for name, model in (("teacher", pair.teacher.model), ("student", pair.student.model)):
             with torch.no_grad():
-                logits = model(batch["input_ids"]).logits  # one document: rows need no position ids
+                logits = model(batch.student.input_ids).logits  # one document: rows need no position ids
             logprobs[name].append(logits.double().log_softmax(-1).flatten(0, 1)[keep])
     p, q, label = torch.cat(logprobs["teacher"]), torch.cat(logprobs["student"]), torch.cat(labels)
     student, teacher = report["models"]["student"], report["models"]["teacher"]

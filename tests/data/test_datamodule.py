@@ -25,7 +25,9 @@ def ready(options, **more):
 
 
 def ids(loader) -> list[tuple[int, ...]]:
-    return [tuple(row.tolist()) for batch in loader for row in batch["input_ids"] if batch["attention_mask"].any()]
+    return [
+        tuple(row.tolist()) for batch in loader for row in batch.student.input_ids if batch.student.attention_mask.any()
+    ]
 
 
 def test_training_and_validation_rows_are_the_text(options, assets):
@@ -41,10 +43,14 @@ def test_training_and_validation_rows_are_the_text(options, assets):
 def test_batch_units_are_its_own_without_a_trainer(options):
     for loader in (ready(options).train_dataloader(), ready(options).val_dataloader()):
         for batch in loader:
-            tokens = int((batch["labels"][:, 1:] != -100).sum())
-            assert batch["input_ids"].shape[1] == 64
-            assert batch["units"] == {"tokens": tokens, "queries": tokens - len(batch["input_ids"]), "micro_batches": 1}
-            assert batch["positions"].numel() == tokens
+            tokens = int((batch.student.labels[:, 1:] != -100).sum())
+            assert batch.student.input_ids.shape[1] == 64
+            assert batch.units == {
+                "tokens": tokens,
+                "queries": tokens - len(batch.student.input_ids),
+                "micro_batches": 1,
+            }
+            assert batch.student.positions.numel() == tokens
 
 
 def test_held_out_rows_depend_on_the_seed_alone(options):
@@ -93,9 +99,9 @@ def test_loaders_leave_the_global_random_state_alone(options):
 def test_bytes_are_those_of_the_labels(options):
     data = ready(options, per_device_batch_size=1)
     for batch in data.val_dataloader():
-        targets = batch["labels"][batch["labels"] != -100].tolist()
+        targets = batch.student.labels[batch.student.labels != -100].tolist()
         text = data.tokenizer.decode(targets, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert batch["bytes"] == len(text.encode())
+        assert batch.bytes == len(text.encode())
 
 
 def test_options_from_yaml_keep_their_types():
@@ -212,10 +218,10 @@ def test_units_under_a_trainer_are_those_of_its_windows(options):
     assert trainer.global_step == 4
     for window in (slice(0, 3), slice(3, 5), slice(5, 8), slice(8, 10)):
         batches = module.batches[window]
-        tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+        tokens = sum(int((batch.student.labels[:, 1:] != -100).sum()) for batch in batches)
         for batch in batches:
-            assert batch["units"]["tokens"] == tokens
-            assert batch["units"]["micro_batches"] == len(batches)
+            assert batch.units["tokens"] == tokens
+            assert batch.units["micro_batches"] == len(batches)
     assert ids(module.batches[:5]) != ids(module.batches[5:])
     assert module.validated == 2 * ids(data.val_dataloader())
     assert np.unique(module.validated, axis=0).shape[0] == len(data.validation_rows)

@@ -19,11 +19,11 @@ class Notes(L.LightningModule):
         self.seen: list[tuple[list[list[int]], dict]] = []
 
     def training_step(self, batch, batch_idx):
-        self.seen.append((batch["input_ids"].tolist(), batch["units"]))
-        return self.weight**2 * batch["input_ids"].float().mean() / 1000
+        self.seen.append((batch.student.input_ids.tolist(), batch.units))
+        return self.weight**2 * batch.student.input_ids.float().mean() / 1000
 
     def validation_step(self, batch, batch_idx):
-        assert batch["units"]["micro_batches"] == 1
+        assert batch.units["micro_batches"] == 1
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), 0.1)

@@ -2,6 +2,7 @@
 
 import torch
 
+from distill.batch import Batch, Tokens
 from helpers.tiny import VOCAB
 
 
@@ -35,30 +36,20 @@ def batch_of(rows, length, masked=()):
         labels[row, position] = -100
     valid = torch.zeros_like(ids, dtype=torch.bool)
     valid[:, :-1] = labels[:, 1:] != -100
-    return {
-        "input_ids": ids,
-        "labels": labels,
-        "attention_mask": mask,
-        "position_ids": positions,
-        "positions": valid.flatten().nonzero().flatten(),
-        "packed": any(len(documents) > 1 for documents in rows),
-        "bytes": 0,
-        "units": {
-            "tokens": int(valid.sum()),
-            "queries": int((valid & (positions > 0)).sum()),
-            "micro_batches": 1,
-        },
-    }
+    places, packed = valid.flatten().nonzero().flatten(), any(len(documents) > 1 for documents in rows)
+    tokens = Tokens(ids, labels, mask, positions, places, packed)
+    units = {"tokens": int(valid.sum()), "queries": int((valid & (positions > 0)).sum()), "micro_batches": 1}
+    return Batch(tokens, tokens, units, bytes=0)
 
 
 def separate(batch):
     """Every document of a batch as a batch of its own, without padding; document's labels as they were."""
     found = []
-    for row in range(len(batch["input_ids"])):
-        starts = (batch["position_ids"][row] == 0).nonzero().flatten().tolist()
-        for start, stop in zip(starts, [*starts[1:], batch["input_ids"].shape[1]], strict=True):
-            if batch["attention_mask"][row, start]:
-                labels = batch["labels"][row, start:stop]
+    for row in range(len(batch.student.input_ids)):
+        starts = (batch.student.position_ids[row] == 0).nonzero().flatten().tolist()
+        for start, stop in zip(starts, [*starts[1:], batch.student.input_ids.shape[1]], strict=True):
+            if batch.student.attention_mask[row, start]:
+                labels = batch.student.labels[row, start:stop]
                 masked = [(0, i) for i in range(1, stop - start) if labels[i] == -100]
-                found.append(batch_of([[batch["input_ids"][row, start:stop]]], stop - start, masked))
+                found.append(batch_of([[batch.student.input_ids[row, start:stop]]], stop - start, masked))
     return found

@@ -1,6 +1,7 @@
 """Attention transfer against plain loops in float64, transformers' own maps, and the rules of the contract."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ MASKED = [(0, 2), (1, 5), (1, 6)]
 
 def random_qkv(batch, heads, groups, width, value_width, seed, mask=None):
     generator = torch.Generator().manual_seed(seed)
-    rows, length = batch["input_ids"].shape
+    rows, length = batch.student.input_ids.shape
     shapes = [(heads, width), (groups, width), (groups, value_width)]
     states = [torch.randn(rows, n, length, d, generator=generator, dtype=torch.float64) for n, d in shapes]
     return QKV(*states, mask, width**-0.5, True)
@@ -37,10 +38,10 @@ def leaves(qkv):
 
 def queries_of(batch):
     """Row and position of every query, and its keys: itself and what is earlier in its document."""
-    length = batch["input_ids"].shape[1]
-    for flat in batch["positions"].tolist():
+    length = batch.student.input_ids.shape[1]
+    for flat in batch.student.positions.tolist():
         row, i = divmod(flat, length)
-        if (before := int(batch["position_ids"][row, i])) > 0:
+        if (before := int(batch.student.position_ids[row, i])) > 0:
             yield row, i, range(i - before, i + 1)
 
 
@@ -156,8 +157,8 @@ def built(form, teacher, student, **options):
 
 def run(loss, teacher, student, batch):
     with torch.no_grad():
-        taught = trace(teacher, batch, loss.teacher_needs)
-    return loss(trace(student, batch, loss.student_needs), taught, batch)
+        taught = trace(teacher, batch.student, loss.teacher_needs)
+    return loss(trace(student, batch.student, loss.student_needs), taught, batch)
 
 
 def double(model):
@@ -170,8 +171,8 @@ def double(model):
 def eager_maps(make, batch, layer, **options):
     """Head-averaged attention [B, L, L] as transformers itself returns it."""
     model = double(make(attn_implementation="eager", **options))
-    packed = {"position_ids": batch["position_ids"]} if batch["packed"] else {}
-    output = model(batch["input_ids"], output_attentions=True, use_cache=False, **packed)
+    packed = {"position_ids": batch.student.position_ids} if batch.student.packed else {}
+    output = model(batch.student.input_ids, output_attentions=True, use_cache=False, **packed)
     return output.attentions[layer].mean(1)
 
 
@@ -263,16 +264,16 @@ def test_nothing_is_installed_but_during_the_forward_pass():
 
     ALL_ATTENTION_FUNCTIONS["sdpa"] = note
     try:
-        assert not trace(model, batch).attention
+        assert not trace(model, batch.student).attention
         assert calls == [note, note]  # no need, no wrapper
-        assert list(trace(model, batch, Needs(attention=frozenset([1]))).attention) == [1]
+        assert list(trace(model, batch.student, Needs(attention=frozenset([1]))).attention) == [1]
         assert all(call is not note for call in calls[2:])
         with pytest.raises(IndexError):
-            trace(model, batch | {"input_ids": torch.tensor([[10**6]])}, Needs(attention=frozenset([1])))
+            trace(model, replace(batch.student, input_ids=torch.tensor([[10**6]])), Needs(attention=frozenset([1])))
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is note
     finally:
         del ALL_ATTENTION_FUNCTIONS["sdpa"]
-    trace(model, batch, Needs(attention=frozenset([1])))
+    trace(model, batch.student, Needs(attention=frozenset([1])))
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is original
     assert "sdpa" not in ALL_ATTENTION_FUNCTIONS._local_mapping
 
@@ -282,9 +283,9 @@ def test_reading_leaves_the_forward_pass_as_it_is_and_the_teacher_without_gradie
     batch = make_batch([[5, 4], [8]], 10)
     teacher, student = tiny.tiny_llama(), tiny.tiny_llama(**STUDENT)
     loss = built(form, teacher, student)
-    plain, read = trace(student, batch), trace(student, batch, loss.student_needs)
+    plain, read = trace(student, batch.student), trace(student, batch.student, loss.student_needs)
     assert torch.equal(plain.last_BLD, read.last_BLD)
-    taught = trace(teacher, batch, loss.teacher_needs)  # even where nobody thought of no_grad
+    taught = trace(teacher, batch.student, loss.teacher_needs)  # even where nobody thought of no_grad
     loss(read, taught, batch).backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert any(parameter.grad is not None for parameter in student.parameters())
@@ -303,7 +304,7 @@ def test_half_precision_states_are_compared_in_fp32(form):
 @pytest.mark.parametrize("form", FORMS)
 def test_a_batch_without_queries_is_zero(form):
     batch = make_batch([[1], [2]], 4, [(1, 1)])
-    assert not batch["positions"].numel()
+    assert not batch.student.positions.numel()
     side, ours = leaves(random_qkv(batch, 4, 2, 4, 4, seed=0))
     value = loss_of(form, side, random_qkv(batch, 4, 2, 4, 4, seed=1), batch)
     value.backward()
@@ -316,7 +317,8 @@ def test_no_value_is_read_back_from_the_device(form):
     batch = make_batch([[6], [4]], 8)
     student, teacher = random_qkv(batch, 4, 2, 4, 4, seed=0), random_qkv(batch, 4, 2, 4, 4, seed=1)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = {key: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for key, v in batch.items()}
+        tokens = replace(batch.student, **{key: mode.from_tensor(v) for key, v in batch.student.tensors().items()})
+        fake = replace(batch, student=tokens, teacher=tokens)
         sides = [
             QKV(*(mode.from_tensor(s) for s in (q.query_BHLd, q.key_BGLd, q.value_BGLd)), None, 1.0, True)
             for q in (student, teacher)

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,22 +30,22 @@ def built(seed=0, rows=None, teacher=None, **options):
 def random_sides(batch, seed):
     """Student and teacher; the teacher's states are the same where the contexts are."""
     generator = torch.Generator().manual_seed(seed)
-    shape = batch["input_ids"].shape
+    shape = batch.student.input_ids.shape
     student = torch.randn(*shape, 24, generator=generator, dtype=torch.float64)
     teacher = torch.randn(*shape, 16, generator=generator, dtype=torch.float64)
     return Trace(student, {2: student}, {}), Trace(teacher, {1: teacher}, {})
 
 
 def context_of(batch, row, i):
-    return tuple(batch["input_ids"][row, i - int(batch["position_ids"][row, i]) : i + 1].tolist())
+    return tuple(batch.student.input_ids[row, i - int(batch.student.position_ids[row, i]) : i + 1].tolist())
 
 
 def sampled(batch, per_row):
     """(row, position) of the evenly spaced tokens, None for the places that stay empty."""
-    length = batch["input_ids"].shape[1]
+    length = batch.student.input_ids.shape[1]
     chosen = []
-    for row in range(len(batch["input_ids"])):
-        valid = [p % length for p in batch["positions"].tolist() if p // length == row]
+    for row in range(len(batch.student.input_ids)):
+        valid = [p % length for p in batch.student.positions.tolist() if p // length == row]
         if len(valid) > per_row:
             valid = [valid[(2 * j + 1) * len(valid) // (2 * per_row)] for j in range(per_row)]
         chosen += [(row, i) for i in valid] + [None] * (per_row - len(valid))
@@ -112,7 +113,7 @@ def test_contexts_are_told_apart_exactly():
     generator = torch.Generator().manual_seed(0)
     rows = [[torch.randint(0, 2, (n,), generator=generator) for n in (5, 7, 4)] for _ in range(40)]
     batch = batch_of(rows, 20)
-    hashes = contexts(batch["input_ids"], batch["position_ids"])
+    hashes = contexts(batch.student.input_ids, batch.student.position_ids)
     seen = {}
     for row in range(40):
         for i in range(20):
@@ -125,7 +126,7 @@ def test_contexts_are_told_apart_exactly():
 def test_a_context_has_one_hash_wherever_it_stands():
     document = torch.arange(3, 9)
     alone, behind = batch_of([[document]], 6), batch_of([[torch.tensor([40, 41, 42]), document]], 12)
-    hashes = [contexts(batch["input_ids"], batch["position_ids"])[0] for batch in (alone, behind)]
+    hashes = [contexts(batch.student.input_ids, batch.student.position_ids)[0] for batch in (alone, behind)]
     assert torch.equal(hashes[0], hashes[1][3:9])
     assert not set(hashes[1][:3].tolist()) & set(hashes[0].tolist())
 
@@ -142,7 +143,7 @@ def test_the_hash_is_no_function_of_the_last_tokens_alone():
 @pytest.mark.parametrize("per_row", [1, 3, 4, 50])
 def test_tokens_are_evenly_spaced_over_the_valid_ones(per_row):
     batch = make_batch([[9, 6], [4], [1], [16]], 16, [(0, 2), (3, 8)])
-    position_S, taken_S = sample(batch, per_row)
+    position_S, taken_S = sample(batch.student, per_row)
     expected = sampled(batch, per_row)
     assert taken_S.tolist() == [token is not None for token in expected]
     for flat, token in zip(position_S.tolist(), expected, strict=True):
@@ -170,7 +171,7 @@ def test_the_queue_holds_the_last_states_and_only_training_fills_it():
         assert all(torch.equal(buffer, before[name]) for name, buffer in loss.named_buffers())
     sides = random_sides(batch, 0)
     loss(*sides, batch)
-    position_S, _ = sample(batch, 4)
+    position_S, _ = sample(batch.student, 4)
     keys = normalize(layer_norm(sides[1].hidden[1].flatten(0, 1)[position_S], (16,), eps=1e-20), dim=-1)
     assert int(loss.place) == 0  # 8 into 6 places: the last 6, in order
     torch.testing.assert_close(loss.queue_QD, keys[2:])
@@ -233,7 +234,7 @@ def test_the_projection_learns_nothing_from_features_without_information(queue_s
     loss = built(teacher=teacher, queue_size=queue_size, tokens_per_row=15).float()
     batches = [make_batch([[15]] * 16, 16), batch]
     with torch.no_grad():
-        taught = [trace(teacher, each, loss.teacher_needs) for each in batches]
+        taught = [trace(teacher, each.student, loss.teacher_needs) for each in batches]
     optimizer, late = torch.optim.Adam(loss.parameters(), lr=1e-2), []
     for step in range(100):
         generator = torch.Generator().manual_seed(step)
@@ -254,7 +255,7 @@ def test_a_student_that_knows_is_found_out():
     torch.manual_seed(0)
     loss.build(teacher, tiny.tiny_llama())
     with torch.no_grad():
-        taught = trace(teacher, batch, loss.teacher_needs)
+        taught = trace(teacher, batch.student, loss.teacher_needs)
     optimizer = torch.optim.Adam(loss.parameters(), lr=1e-2)
     for _ in range(100):
         value = loss(taught, taught, batch)
@@ -268,8 +269,8 @@ def test_only_student_and_projection_get_gradient():
     batch, teacher, student = make_batch([[5, 4], [8]], 10), tiny.tiny_llama(), tiny.tiny_llama(**STUDENT)
     loss = Contrastive()
     loss.build(teacher, student)
-    taught = trace(teacher, batch, loss.teacher_needs)  # even where nobody thought of no_grad
-    loss(trace(student, batch, loss.student_needs), Trace(taught.last_BLD, taught.hidden, {}), batch).backward()
+    taught = trace(teacher, batch.student, loss.teacher_needs)  # even where nobody thought of no_grad
+    loss(trace(student, batch.student, loss.student_needs), Trace(taught.last_BLD, taught.hidden, {}), batch).backward()
     assert all(p.grad is None for p in teacher.parameters())
     assert all(p.grad is not None and p.grad.any() for p in loss.parameters())
     assert student.get_decoder().layers[0].mlp.up_proj.weight.grad.any()
@@ -283,9 +284,9 @@ def test_half_precision_is_compared_in_fp32():
     loss.build(teacher, student)
     loss.bfloat16()
     with torch.no_grad():
-        taught = trace(teacher, batch, loss.teacher_needs)
+        taught = trace(teacher, batch.student, loss.teacher_needs)
     for _ in range(2):
-        value = loss(trace(student, batch, loss.student_needs), taught, batch)
+        value = loss(trace(student, batch.student, loss.student_needs), taught, batch)
         assert value.dtype == torch.float32
         value.backward()
     assert loss.queue_QD.dtype == torch.bfloat16
@@ -295,7 +296,8 @@ def test_half_precision_is_compared_in_fp32():
 def test_no_value_is_read_back_from_the_device():
     batch, loss = make_batch([[6], [4]], 8), built(rows=3)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = {key: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for key, v in batch.items()}
+        tokens = replace(batch.student, **{key: mode.from_tensor(v) for key, v in batch.student.tensors().items()})
+        fake = replace(batch, student=tokens, teacher=tokens)
         sides = [
             Trace(side.last_BLD, {i: mode.from_tensor(s) for i, s in side.hidden.items()}, {})
             for side in random_sides(batch, 0)

@@ -1,6 +1,7 @@
 """Layerwise matching against plain loops in float64, and the rules of the contract."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,23 +32,23 @@ def double(model):
 
 def run(loss, teacher, student, batch):
     with torch.no_grad():
-        taught = trace(teacher, batch, loss.teacher_needs)
-    return loss(trace(student, batch, loss.student_needs), taught, batch)
+        taught = trace(teacher, batch.student, loss.teacher_needs)
+    return loss(trace(student, batch.student, loss.student_needs), taught, batch)
 
 
 def random_states(batch, layers, width, seed):
     generator = torch.Generator().manual_seed(seed)
-    shape = (*batch["input_ids"].shape, width)
+    shape = (*batch.student.input_ids.shape, width)
     hidden = {layer: torch.randn(shape, generator=generator, dtype=torch.float64) for layer in layers}
     return Trace(torch.zeros(0), hidden, {})
 
 
 def plain(loss, student, teacher, batch):
-    total, length = 0.0, batch["input_ids"].shape[1]
+    total, length = 0.0, batch.student.input_ids.shape[1]
     for projection, (ours, theirs) in zip(loss.projections, loss.pairs, strict=True):
-        for flat in batch["positions"].tolist():
+        for flat in batch.student.positions.tolist():
             row, i = divmod(flat, length)
-            if batch["position_ids"][row, i] == 0:
+            if batch.student.position_ids[row, i] == 0:
                 continue
             x, target = student.hidden[ours][row, i], teacher.hidden[theirs][row, i]
             x = (x - x.mean()) / math.sqrt(((x - x.mean()) ** 2).mean())
@@ -81,7 +82,7 @@ def test_one_is_predicting_nothing_whatever_the_teachers_scale():
     ours, theirs = random_states(batch, [0, 1, 2], 24, 0), random_states(batch, [0, 1], 16, 1)
     for scale in (1e-3, 1.0, 1e3):
         scaled = Trace(theirs.last_BLD, {i: s * scale for i, s in theirs.hidden.items()}, {})
-        assert loss(ours, scaled, batch).item() == pytest.approx(batch["units"]["queries"], rel=1e-9)
+        assert loss(ours, scaled, batch).item() == pytest.approx(batch.units["queries"], rel=1e-9)
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
@@ -110,7 +111,7 @@ def test_any_split_of_the_same_tokens_gives_the_same_sum_and_gradient(make, dist
     value = run(loss, teacher, student, batch)
     parts = [run(loss, teacher, student, part) for part in separate(batch)]
     assert sum(parts).item() == pytest.approx(value.item(), rel=1e-8)
-    assert sum(part["units"]["queries"] for part in separate(batch)) == batch["units"]["queries"]
+    assert sum(part.units["queries"] for part in separate(batch)) == batch.units["queries"]
     whole, summed = (torch.autograd.grad(x, trained, allow_unused=True) for x in (value, sum(parts)))
     reached = 0
     for one, two in zip(whole, summed, strict=True):
@@ -127,17 +128,17 @@ def test_projections_learn_nothing_from_features_without_information(distance):
     teacher, student = tiny.tiny_qwen3_moe(), tiny.tiny_llama(**STUDENT)
     loss = built(teacher, student, distance=distance, teacher_layers=[1])
     with torch.no_grad():
-        taught = trace(teacher, batch, loss.teacher_needs)
+        taught = trace(teacher, batch.student, loss.teacher_needs)
     optimizer, late = torch.optim.Adam(loss.parameters(), lr=3e-2), []
     for step in range(150):
         states = random_states(batch, loss.student_needs.hidden, 24, step)
-        value = loss(states, taught, batch) / batch["units"]["queries"]
+        value = loss(states, taught, batch) / batch.units["queries"]
         if step >= 130:
             late.append(value.item())
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
-    positions = batch["positions"][batch["position_ids"].flatten()[batch["positions"]] > 0]
+    positions = batch.student.positions[batch.student.position_ids.flatten()[batch.student.positions] > 0]
     target = taught.hidden[1].flatten(0, 1)[positions]
     if distance == "mse":
         target = torch.nn.functional.layer_norm(target, target.shape[-1:])
@@ -154,10 +155,10 @@ def test_a_student_that_knows_is_found_out():
     teacher = tiny.tiny_llama()
     loss = built(teacher, tiny.tiny_llama(), teacher_layers=[1], student_layers=[0])
     with torch.no_grad():
-        taught = trace(teacher, batch, loss.teacher_needs)
+        taught = trace(teacher, batch.student, loss.teacher_needs)
     optimizer = torch.optim.Adam(loss.parameters(), lr=3e-2)
     for _ in range(300):
-        value = loss(Trace(taught.last_BLD, {0: taught.hidden[1]}, {}), taught, batch) / batch["units"]["queries"]
+        value = loss(Trace(taught.last_BLD, {0: taught.hidden[1]}, {}), taught, batch) / batch.units["queries"]
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
@@ -214,7 +215,8 @@ def test_no_value_is_read_back_from_the_device():
     loss = built(tiny.tiny_llama(), tiny.tiny_llama(**STUDENT)).double()
     sides = random_states(batch, [0, 1, 2], 24, 0), random_states(batch, [0, 1], 16, 1)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = {key: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for key, v in batch.items()}
+        tokens = replace(batch.student, **{key: mode.from_tensor(v) for key, v in batch.student.tensors().items()})
+        fake = replace(batch, student=tokens, teacher=tokens)
         ours, theirs = (
             Trace(side.last_BLD, {i: mode.from_tensor(s) for i, s in side.hidden.items()}, {}) for side in sides
         )

@@ -4,6 +4,8 @@ import copy
 import math
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from scipy.special import rel_entr
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig
 
+from distill.batch import Tokens
 from distill.errors import UserError
 from distill.losses import routing_terms
 from distill.losses.layers import spread
@@ -19,7 +22,7 @@ from distill.losses.routing import UNIT, Routing
 from distill.losses.states import normalise
 from distill.models.blocks import moe_block
 from distill.models.layers import decoder_layers
-from distill.teachers.experts import Recording
+from distill.models.trace import recording
 from helpers import tiny
 
 FEATURE, IMPORTANCE, BALANCE, ALIGNMENT = UNIT
@@ -44,32 +47,31 @@ def make_batch(documents, length):
             labels[row, start + 1 : start + document] = ids[row, start + 1 : start + document]
             start += document
         positions[row, start:] = torch.arange(length - start)
-    return with_positions({"input_ids": ids, "labels": labels, "attention_mask": mask, "position_ids": positions})
+    return with_positions(ids, labels, mask, positions)
 
 
-def with_positions(batch):
-    valid = torch.zeros_like(batch["labels"], dtype=torch.bool)
-    valid[:, :-1] = batch["labels"][:, 1:] != -100
-    return batch | {"positions": valid.flatten().nonzero().flatten(), "packed": False}
+def with_positions(ids, labels, mask, positions):
+    valid = torch.zeros_like(labels, dtype=torch.bool)
+    valid[:, :-1] = labels[:, 1:] != -100
+    return Tokens(ids, labels, mask, positions, valid.flatten().nonzero().flatten(), packed=False)
 
 
 def built(teacher, seed=0, **options):
     routing = Routing(**options)
     torch.manual_seed(seed)
-    routing.build(teacher, STUDENT)
+    routing.build(teacher, SimpleNamespace(config=STUDENT))
     return routing
 
 
 def recorded(routing, teacher, batch):
-    recording = routing.record()
-    with torch.no_grad(), recording:
-        teacher(batch["input_ids"], attention_mask=batch["attention_mask"])
-    return recording
+    with torch.no_grad(), recording(routing.teacher_needs.recorders) as records:
+        teacher(batch.input_ids, attention_mask=batch.attention_mask)
+    return records
 
 
 def student_states(routing, batch, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
-    shape = (*batch["input_ids"].shape, 24)
+    shape = (*batch.input_ids.shape, 24)
     return [
         torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for _ in routing.student_layer_indices
     ]
@@ -138,12 +140,12 @@ def test_what_the_student_lacks_gains_weight_by_the_stated_amount():
 
 def plain_relation_kl(student, teacher, batch, heads):
     """Four loops in float64."""
-    total, valid = 0.0, set(batch["positions"].tolist())
+    total, valid = 0.0, set(batch.positions.tolist())
     rows, length, _ = student.shape
-    document = (batch["position_ids"] == 0).cumsum(-1)
+    document = (batch.position_ids == 0).cumsum(-1)
     for b in range(rows):
         for i in range(length):
-            keys = [j for j in range(i) if document[b, i] == document[b, j] and batch["attention_mask"][b, j]]
+            keys = [j for j in range(i) if document[b, i] == document[b, j] and batch.attention_mask[b, j]]
             if b * length + i not in valid or not keys:
                 continue
             for s, t in zip(student[b].chunk(heads, -1), teacher[b].chunk(heads, -1), strict=True):
@@ -173,7 +175,7 @@ def test_padding_may_hold_anything():
     batch = make_batch([[4, 3], [5]], 8)
     student, teacher = torch.randn(2, 2, 8, 12, generator=torch.Generator().manual_seed(0)).unbind()
     expected = routing_terms.attention_alignment(student, teacher, batch)
-    padded = batch["attention_mask"] == 0
+    padded = batch.attention_mask == 0
     student = student.masked_fill(padded[:, :, None], torch.nan).requires_grad_()
     value = routing_terms.attention_alignment(student, teacher.masked_fill(padded[:, :, None], torch.inf), batch)
     value.backward()
@@ -206,15 +208,15 @@ def test_the_targets_are_what_the_teacher_computed(make):
     """Native k and tau inf: feature matching and alignment of the routed output itself, bit for bit for a MoE."""
     teacher, batch = make(), make_batch([[5, 4], [6]], 9)
     routing = built(teacher, **dense(make))
-    recording, states = recorded(routing, teacher, batch), student_states(routing, batch)
+    records, states = recorded(routing, teacher, batch), student_states(routing, batch)
     (view,) = routing._views
-    result = routing(routing.components, states, recording, batch, None)
+    result = routing(routing.components, states, records, batch, None)
     if dense(make):
-        mixture = view.route(recording.layers[view.layer], torch.arange(18), 2, mixture=True).mixture_ND
+        mixture = view.route(records[view.layer], torch.arange(18), 2, mixture=True).mixture_ND
     else:
-        mixture = recording.layers[view.layer]["mixture_TD"]
-    projected = routing.projections[0](normalise(states[0]).flatten(0, 1)[batch["positions"]])
-    target = normalise(mixture)[batch["positions"]]
+        mixture = records[view.layer]["mixture_TD"]
+    projected = routing.projections[0](normalise(states[0]).flatten(0, 1)[batch.positions])
+    target = normalise(mixture)[batch.positions]
     expected = sum(number((a.double() - z.double()).square().mean()) for a, z in zip(projected, target, strict=True))
     assert number(result.sums[FEATURE]) == pytest.approx(expected, rel=1e-5)
     plain = plain_relation_kl(
@@ -230,8 +232,8 @@ def test_a_very_large_tau_is_the_teachers_gate(make):
         pytest.skip("a finite tau leaves its selection bias out")
     teacher, batch = make(), make_batch([[5, 4], [6]], 9)
     plain, aware = built(teacher, **dense(make)), built(teacher, tau=1e7, **dense(make))
-    recording, states = recorded(plain, teacher, batch), student_states(plain, batch)
-    expected, actual = (r(r.components, states, recording, batch, 3).sums for r in (plain, aware))
+    records, states = recorded(plain, teacher, batch), student_states(plain, batch)
+    expected, actual = (r(r.components, states, records, batch, 3).sums for r in (plain, aware))
     for name, value in expected.items():
         assert number(actual[name]) == pytest.approx(number(value), rel=1e-4)
 
@@ -242,13 +244,13 @@ def test_student_aware_selection_takes_up_what_the_student_lacks(make):
     routings = {tau: built(teacher, tau=tau, **dense(make)) for tau in (100.0, 1.0, 0.01)}
     gaps = []
     for routing in routings.values():
-        recording, states = recorded(routing, teacher, batch), student_states(routing, batch)
-        gaps.append(number(routing(routing.components, states, recording, batch).stats["mean_gap"]))
+        records, states = recorded(routing, teacher, batch), student_states(routing, batch)
+        gaps.append(number(routing(routing.components, states, records, batch).stats["mean_gap"]))
     assert gaps[0] < gaps[1] < gaps[2]
     # At tau near zero the choice is the two largest gaps.
-    (view,), capture = routing._views, next(iter(recording.layers.values()))
-    projected = routing.projections[0](normalise(states[0]).flatten(0, 1)[batch["positions"]])
-    outputs = view.outputs(capture, batch["positions"])
+    (view,), capture = routing._views, next(iter(records.values()))
+    projected = routing.projections[0](normalise(states[0]).flatten(0, 1)[batch.positions])
+    outputs = view.outputs(capture, batch.positions)
     gap = torch.stack([(projected - normalise(y)).square().mean(-1) for y in outputs], -1)
     assert gaps[2] == pytest.approx(number(gap.topk(2).values.mean()), rel=1e-2)
 
@@ -262,46 +264,46 @@ def test_a_token_subset_is_looked_at_and_the_rest_keeps_the_teachers_gate(make):
         built(teacher, tau=0.1, token_subset=4, **options),
         built(teacher, **options),
     )
-    recording, states = recorded(own, teacher, batch), student_states(own, batch)
-    positions = batch["positions"]
+    records, states = recorded(own, teacher, batch), student_states(own, batch)
+    positions = batch.positions
     some = positions[:: math.ceil(len(positions) / 4)]
     rest = torch.tensor([p for p in positions.tolist() if p not in some.tolist()])
-    value = subset([FEATURE], states, recording, batch).sums[FEATURE]
-    aware = all_of_them([FEATURE], states, recording, batch | {"positions": some}).sums[FEATURE]
-    native = own([FEATURE], states, recording, batch | {"positions": rest}).sums[FEATURE]
+    value = subset([FEATURE], states, records, batch).sums[FEATURE]
+    aware = all_of_them([FEATURE], states, records, replace(batch, positions=some)).sums[FEATURE]
+    native = own([FEATURE], states, records, replace(batch, positions=rest)).sums[FEATURE]
     assert number(value) == pytest.approx(number(aware + native), rel=1e-5)
     # With alignment the mixtures are of all positions, and the valid ones are the same.
-    both = subset([FEATURE, ALIGNMENT], states, recording, batch).sums[FEATURE]
+    both = subset([FEATURE, ALIGNMENT], states, records, batch).sums[FEATURE]
     assert number(both) == pytest.approx(number(value), rel=1e-5)
 
 
 def test_all_experts_are_all_experts():
     teacher, batch = tiny.tiny_olmoe(), make_batch([[9]], 9)
     routing = built(teacher)
-    recording, states = recorded(routing, teacher, batch), student_states(routing, batch)
-    capture = recording.layers[routing._views[0].layer]
+    records, states = recorded(routing, teacher, batch), student_states(routing, batch)
+    capture = records[routing._views[0].layer]
     block = moe_block(decoder_layers(teacher)[routing._views[0].layer])
     with torch.no_grad():
         probs = (capture["input_TD"] @ block.gate.weight.T).softmax(-1)
         gate_up = torch.einsum("td,eid->tei", capture["input_TD"], block.experts.gate_up_proj)
         gate, up = gate_up.chunk(2, -1)
         z = torch.einsum("te,tei,edi->td", probs, torch.nn.functional.silu(gate) * up, block.experts.down_proj)
-    projected = routing.projections[0](normalise(states[0]).flatten(0, 1)[batch["positions"]])
-    expected = routing_terms.feature_matching(projected, z[batch["positions"]])
-    value = routing([FEATURE], states, recording, batch, 4).sums[FEATURE]
+    projected = routing.projections[0](normalise(states[0]).flatten(0, 1)[batch.positions])
+    expected = routing_terms.feature_matching(projected, z[batch.positions])
+    value = routing([FEATURE], states, records, batch, 4).sums[FEATURE]
     assert number(value) == pytest.approx(number(expected), rel=1e-5)
 
 
 def test_experts_per_token_outside_the_teachers_range():
     teacher, batch = tiny.tiny_qwen3_moe(), make_batch([[9]], 9)
     routing = built(teacher)
-    recording, states = recorded(routing, teacher, batch), student_states(routing, batch)
+    records, states = recorded(routing, teacher, batch), student_states(routing, batch)
     with pytest.warns(UserWarning, match="top_k_experts: 1 is below the teacher's own 2 experts"):
-        routing([FEATURE], states, recording, batch, 1)
-    routing([FEATURE], states, recording, batch, 1)  # once is enough: a second warning would be an error here
+        routing([FEATURE], states, records, batch, 1)
+    routing([FEATURE], states, records, batch, 1)  # once is enough: a second warning would be an error here
     for k in (0, 5):
         with pytest.raises(UserError, match=f"top_k_experts: {k} is not within 1 to 4 experts"):
-            routing([FEATURE], states, recording, batch, k)
+            routing([FEATURE], states, records, batch, k)
 
 
 def in_float64(teacher):
@@ -310,12 +312,10 @@ def in_float64(teacher):
     return teacher.double()
 
 
-def split_recording(recording, rows, length):
+def split_recording(records, rows, length):
     """The recording of some rows of the batch."""
-    part = Recording([])
     index = torch.cat([torch.arange(row * length, (row + 1) * length) for row in rows])
-    part.layers = {i: {k: v[index] for k, v in capture.items()} for i, capture in recording.layers.items()}
-    return part
+    return {i: {k: v[index] for k, v in capture.items()} for i, capture in records.items()}
 
 
 @pytest.mark.parametrize("make", [tiny.tiny_qwen3_moe, tiny.tiny_deepseek_v3, tiny.tiny_gemma])
@@ -324,15 +324,16 @@ def test_any_split_of_the_same_tokens_gives_the_same_sums_and_gradients(make, ta
     teacher = in_float64(make())
     batch = make_batch([[5, 3], [8], [2, 2, 2], [7]], 8)
     routing = built(teacher, tau=tau, **dense(make)).double()
-    recording, states = recorded(routing, teacher, batch), student_states(routing, batch, dtype=torch.float64)
+    records, states = recorded(routing, teacher, batch), student_states(routing, batch, dtype=torch.float64)
     names = [FEATURE, IMPORTANCE, ALIGNMENT]
 
     def sums_and_grads(splits):
         totals = dict.fromkeys(names, 0.0)
         for rows in splits:
-            keys = ("input_ids", "labels", "attention_mask", "position_ids")
-            part = with_positions({key: batch[key][rows] for key in keys})
-            result = routing(names, [s[rows] for s in states], split_recording(recording, rows, 8), part)
+            part = with_positions(
+                batch.input_ids[rows], batch.labels[rows], batch.attention_mask[rows], batch.position_ids[rows]
+            )
+            result = routing(names, [s[rows] for s in states], split_recording(records, rows, 8), part)
             totals = {name: totals[name] + result.sums[name] for name in names}
         heads = list(routing.projections.parameters()) + list(routing.probes.parameters())
         return totals, torch.autograd.grad(sum(totals.values()), [*states, *heads])
@@ -353,12 +354,11 @@ def test_packing_changes_nothing(make):
     teacher = in_float64(make())
     apart, packed = make_batch([[5], [3]], 5), make_batch([[5, 3]], 8)
     routing = built(teacher, tau=0.5, **dense(make)).double()
-    recording, states = recorded(routing, teacher, apart), student_states(routing, apart, dtype=torch.float64)
+    records, states = recorded(routing, teacher, apart), student_states(routing, apart, dtype=torch.float64)
     index = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7])
-    joined = Recording([])
-    joined.layers = {i: {k: v[index] for k, v in capture.items()} for i, capture in recording.layers.items()}
+    joined = {i: {k: v[index] for k, v in capture.items()} for i, capture in records.items()}
     names = [FEATURE, IMPORTANCE, ALIGNMENT]
-    one = routing(names, states, recording, apart).sums
+    one = routing(names, states, records, apart).sums
     other = routing(names, [s.flatten(0, 1)[index][None] for s in states], joined, packed).sums
     for name in names:
         assert number(other[name]) == pytest.approx(number(one[name]), rel=1e-10)
@@ -371,8 +371,8 @@ def test_padding_content_does_not_matter(make, tau):
     routing = built(teacher, tau=tau, **dense(make))
     states = student_states(routing, batch)
     real = routing(routing.components, states, recorded(routing, teacher, batch), batch)
-    padded = batch["attention_mask"] == 0
-    other = batch | {"input_ids": batch["input_ids"].masked_fill(padded, 7)}
+    padded = batch.attention_mask == 0
+    other = replace(batch, input_ids=batch.input_ids.masked_fill(padded, 7))
     other_states = [s.detach().masked_fill(padded[:, :, None], 9.0) for s in states]
     changed = routing(routing.components, other_states, recorded(routing, teacher, other), other)
     for name in routing.components:
@@ -386,15 +386,13 @@ def test_padding_content_does_not_matter(make, tau):
 def test_the_students_autocast_leaves_the_teachers_experts_alone(make, tau):
     teacher, batch = make(), make_batch([[6, 4]], 10)
     routing = built(teacher, tau=tau, **dense(make))
-    recording, view = recorded(routing, teacher, batch), routing._views[0]
-    projected = torch.randn(len(batch["positions"]), view.width, generator=torch.Generator().manual_seed(0))
+    records, view = recorded(routing, teacher, batch), routing._views[0]
+    projected = torch.randn(len(batch.positions), view.width, generator=torch.Generator().manual_seed(0))
     valid = torch.arange(len(projected))
     results = []
     for enabled in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            results.append(
-                routing._route(view, recording.layers[view.layer], batch["positions"], valid, projected, 3, True)
-            )
+            results.append(routing._route(view, records[view.layer], batch.positions, valid, projected, 3, True))
     assert torch.equal(results[0].index_NK, results[1].index_NK)
     assert torch.equal(results[0].mixture_ND, results[1].mixture_ND)
 
@@ -404,7 +402,9 @@ def test_the_students_autocast_leaves_the_teachers_experts_alone(make, tau):
 @pytest.mark.parametrize("make", [tiny.tiny_mixtral, tiny.tiny_gpt2])
 def test_a_batch_without_valid_tokens_is_zero(make, options, k):
     teacher, batch = make(), make_batch([[4]], 4)
-    batch = with_positions(batch | {"labels": torch.full_like(batch["labels"], -100)})
+    batch = with_positions(
+        batch.input_ids, torch.full_like(batch.labels, -100), batch.attention_mask, batch.position_ids
+    )
     routing = built(teacher, **options, **dense(make))
     states = student_states(routing, batch)
     for names in ([FEATURE], [IMPORTANCE, BALANCE], routing.components):
@@ -420,18 +420,17 @@ def test_only_student_projections_and_probes_get_gradient(make):
     teacher, batch = make(), make_batch([[9]], 9)
     teacher.requires_grad_(True)
     routing = built(teacher, tau=0.5, **dense(make))
-    recording = routing.record()
-    with recording:  # a caller who forgot no_grad
-        teacher(batch["input_ids"])
+    with recording(routing.teacher_needs.recorders) as records:  # a caller who forgot no_grad
+        teacher(batch.input_ids)
     states = student_states(routing, batch)
-    result = routing(routing.components, states, recording, batch, 3)
+    result = routing(routing.components, states, records, batch, 3)
     sum(result.sums.values()).backward()
     assert all(p.grad is None for p in teacher.parameters())
     assert all(p.grad is not None for p in routing.parameters())
     assert not any(value.requires_grad for value in result.stats.values())
     for name in routing.components:
         grads = torch.autograd.grad(
-            routing([name], states, recording, batch, 3).sums[name], list(routing.parameters()), allow_unused=True
+            routing([name], states, records, batch, 3).sums[name], list(routing.parameters()), allow_unused=True
         )
         reached = {id(p) for p, grad in zip(routing.parameters(), grads, strict=True) if grad is not None}
         assert reached == {id(p) for p in routing.trained_by(name)}
@@ -464,12 +463,12 @@ def test_heads_exist_only_for_configured_losses():
 def test_coefficients_and_layers_average():
     teacher, batch = tiny.tiny_qwen3_moe(), make_batch([[9]], 9)
     two = built(teacher, teacher_layers=[0, 1], student_layers=[0, 2])
-    recording, states = recorded(two, teacher, batch), student_states(two, batch)
-    result = two(two.components, states, recording, batch)
+    records, states = recorded(two, teacher, batch), student_states(two, batch)
+    result = two(two.components, states, records, batch)
     for i, layer in enumerate((0, 1)):
         one = built(teacher, teacher_layers=[layer], losses={name.removeprefix("routing_"): 0.5 for name in UNIT})
         one.projections[0], one.probes[0] = two.projections[i], two.probes[i]
-        part = one(one.components, states[i : i + 1], recording, batch)
+        part = one(one.components, states[i : i + 1], records, batch)
         result.sums.update({name: value - part.sums[name] for name, value in result.sums.items()})
         result.stats.update({name: value - part.stats[name] / 2 for name, value in result.stats.items()})
     assert all(abs(number(value)) < 1e-4 for value in [*result.sums.values(), *result.stats.values()])
@@ -478,9 +477,9 @@ def test_coefficients_and_layers_average():
 def test_statistics_by_hand():
     teacher, batch = tiny.tiny_qwen3_moe(), make_batch([[6], [4]], 8)
     routing = built(teacher)
-    recording = recorded(routing, teacher, batch)
-    result = routing(routing.components, student_states(routing, batch), recording, batch)
-    capture, positions = recording.layers[routing._views[0].layer], batch["positions"]
+    records = recorded(routing, teacher, batch)
+    result = routing(routing.components, student_states(routing, batch), records, batch)
+    capture, positions = records[routing._views[0].layer], batch.positions
     gates = capture["logits_TE"][positions].double().softmax(-1)
     used = capture["index_TK"][positions].flatten().tolist()
     assert number(result.stats["gate_entropy"]) == pytest.approx(
@@ -497,9 +496,9 @@ def test_layers_at_even_depth_fractions():
     assert [spread(n, list(range(30))) for n in (1, 2, 3)] == [[15], [7, 22], [5, 15, 25]]
     assert spread(7, list(range(7))) == list(range(7))
     two = built(tiny.tiny_llama(num_hidden_layers=4), num_experts=4, teacher_layers=2)
-    assert list(two.record().layers) == [1, 3]
+    assert [view.layer for view in two.teacher_needs.recorders] == [1, 3]
     assert two.student_layer_indices == [1, 2]  # after 2 / 4 and 4 / 4 of 3 layers
-    assert built(tiny.tiny_deepseek_v3()).record().layers.keys() == {1}  # layer 0 is dense
+    assert [view.layer for view in built(tiny.tiny_deepseek_v3()).teacher_needs.recorders] == [1]  # layer 0 is dense
 
 
 @pytest.mark.parametrize(
@@ -531,12 +530,12 @@ def test_no_value_is_read_back_from_the_device(options):
     """Under fake tensors whatever would wait for the device (item, nonzero, a boolean index) raises."""
     teacher, batch = tiny.tiny_llama(), make_batch([[6], [4]], 8)
     routing = built(teacher, num_experts=4, **options)
-    recording, states = recorded(routing, teacher, batch), student_states(routing, batch)
+    records, states = recorded(routing, teacher, batch), student_states(routing, batch)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = {key: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for key, v in batch.items()}
-        for capture in recording.layers.values():
+        fake = replace(batch, **{key: mode.from_tensor(value) for key, value in batch.tensors().items()})
+        for capture in records.values():
             capture.update({key: mode.from_tensor(value) for key, value in capture.items()})
-        result = routing(routing.components, [mode.from_tensor(s) for s in states], recording, fake, 3)
+        result = routing(routing.components, [mode.from_tensor(s) for s in states], records, fake, 3)
         sum(result.sums.values()).backward()
     assert len(result.sums) == 4
 
@@ -548,12 +547,12 @@ def test_learned_heads_learn_nothing_from_features_without_information(make, tau
     teacher, batch = make(), make_batch([[16]] * 16, 16)
     routing = built(teacher, tau=tau, **dense(make))
     (view,) = routing._views
-    recording, positions = recorded(routing, teacher, batch), batch["positions"]
+    records, positions = recorded(routing, teacher, batch), batch.positions
     optimizer = torch.optim.Adam(routing.parameters(), lr=3e-2)
     names, late = [FEATURE, IMPORTANCE], []
     for step in range(100):
         states = [s.detach() for s in student_states(routing, batch, seed=step)]
-        result = routing(names, states, recording, batch)
+        result = routing(names, states, records, batch)
         if step >= 80:
             late.append([number(result.sums[name]) / len(positions) for name in names])
         optimizer.zero_grad()
@@ -562,7 +561,7 @@ def test_learned_heads_learn_nothing_from_features_without_information(make, tau
     feature, importance = torch.tensor(late).mean(0).tolist()
     assert importance >= 0.95 * number(result.stats["constant_gate_kl"])
     # Targets of the last step, as chosen then; a constant can at best be their mean.
-    capture = recording.layers[view.layer]
+    capture = records[view.layer]
     if tau == math.inf:
         mixture = view.route(capture, positions, view.native_k, mixture=True).mixture_ND
     else:

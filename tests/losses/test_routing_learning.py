@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div
 
+from distill.batch import Tokens
 from distill.curriculum import value_at
 from distill.losses.routing import UNIT, Routing
 from distill.losses.states import normalise
 from distill.models.precision import full_precision
+from distill.models.trace import recording
 from helpers import tiny
 
 FEATURE, IMPORTANCE, BALANCE, ALIGNMENT = UNIT
@@ -27,12 +29,8 @@ def text(generator):
         rows.append(torch.where(stray, torch.randint(WORDS, (ROWS,), generator=generator), cycles[language, rows[-1]]))
     ids = torch.stack(rows, 1)
     places = torch.arange(LENGTH).expand(ROWS, LENGTH)
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "position_ids": places,
-        "positions": torch.arange(ROWS * LENGTH).view(ROWS, LENGTH)[:, :-1].flatten(),
-    }
+    positions = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH)[:, :-1].flatten()
+    return Tokens(ids, ids, torch.ones_like(ids), places, positions, packed=False)
 
 
 def next_word_loss(logits, ids):
@@ -47,7 +45,7 @@ def teacher():
     generator = torch.Generator().manual_seed(0)
     for _ in range(500):
         batch = text(generator)
-        ids = batch["input_ids"]
+        ids = batch.input_ids
         loss = model(ids, labels=ids, output_router_logits=True).loss
         optimizer.zero_grad()
         loss.backward()
@@ -59,17 +57,16 @@ def teacher():
 
 
 def measure(routing, student, teacher, batch, shuffle):
-    """Both logits, routing output and recording; with `shuffle` the teacher's tokens are dealt out anew."""
-    recording = routing.record()
-    with torch.no_grad(), recording:
-        logits = teacher(batch["input_ids"]).logits
+    """Both logits, routing output and records; with `shuffle` the teacher's tokens are dealt out anew."""
+    with torch.no_grad(), recording(routing.teacher_needs.recorders) as records:
+        logits = teacher(batch.input_ids).logits
     if shuffle is not None:
         order = torch.randperm(ROWS * LENGTH, generator=shuffle)
-        for capture in recording.layers.values():
+        for capture in records.values():
             capture.update({name: value[order] for name, value in capture.items()})
-    output = student(batch["input_ids"], output_hidden_states=True)
+    output = student(batch.input_ids, output_hidden_states=True)
     states = [output.hidden_states[i + 1] for i in routing.student_layer_indices]
-    return output.logits, logits, routing(routing.components, states, recording, batch), recording
+    return output.logits, logits, routing(routing.components, states, records, batch), records
 
 
 def uniform_relation_kl(mixture_TD, heads=8):
@@ -89,7 +86,7 @@ def test_losses_fall_below_their_baselines_only_with_the_real_teacher(teacher, s
     student = tiny.tiny_llama(**SIZES | {"hidden_size": 40}, num_hidden_layers=2).train()
     routing = Routing(teacher_layers=2)
     torch.manual_seed(0)
-    routing.build(teacher, student.config)
+    routing.build(teacher, student)
     optimizer = torch.optim.AdamW([*student.parameters(), *routing.parameters()], lr=5e-3)
     words, deal = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
     steps = 500
@@ -97,10 +94,10 @@ def test_losses_fall_below_their_baselines_only_with_the_real_teacher(teacher, s
         batch = text(words)
         logits, teacher_logits, routed, _ = measure(routing, student, teacher, batch, deal if shuffled else None)
         kd = kl_div(logits.log_softmax(-1), teacher_logits.log_softmax(-1), log_target=True, reduction="sum")
-        loss = 0.7 * kd / (ROWS * LENGTH) + 0.3 * next_word_loss(logits, batch["input_ids"])
+        loss = 0.7 * kd / (ROWS * LENGTH) + 0.3 * next_word_loss(logits, batch.input_ids)
         feature, attention = value_at(FEATURE_RAMP, step / steps), value_at(ATTENTION_RAMP, step / steps)
         if feature > 0:
-            mean = {name: value / len(batch["positions"]) for name, value in routed.sums.items()}
+            mean = {name: value / len(batch.positions) for name, value in routed.sums.items()}
             loss = loss + feature * (mean[FEATURE] + mean[IMPORTANCE] + 0.01 * routed.sums[BALANCE])
             loss = loss + attention * mean[ALIGNMENT]
         optimizer.zero_grad()
@@ -112,12 +109,12 @@ def test_losses_fall_below_their_baselines_only_with_the_real_teacher(teacher, s
     with torch.no_grad():
         for _ in range(4):
             batch = text(words)
-            positions = batch["positions"]
-            *_, routed, recording = measure(routing, student, teacher, batch, deal if shuffled else None)
+            positions = batch.positions
+            *_, routed, records = measure(routing, student, teacher, batch, deal if shuffled else None)
             for name, total in routed.sums.items():
                 value[name] += total.item() / (4 if name == BALANCE else 4 * len(positions))
             baseline[IMPORTANCE] += routed.stats["constant_gate_kl"].item() / 4
-            for capture in recording.layers.values():
+            for capture in records.values():
                 target = normalise(capture["mixture_TD"][positions])
                 baseline[FEATURE] += (target - target.mean(0)).square().mean().item() / 8
                 baseline[ALIGNMENT] += uniform_relation_kl(full_precision(capture["mixture_TD"])) / 8

@@ -8,6 +8,7 @@ import os
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -101,14 +102,19 @@ def test_a_batch_of_the_datamodule_is_in_order(batch):
     ],
 )
 def test_each_fault_of_a_batch_is_named(batch, name, place, value, message):
-    batch[name][0, place] = value
+    getattr(batch.student, name)[0, place] = value
     assert any(message in finding for finding in batch_findings(batch, vocab_size=10))
 
 
+def with_tokens(batch, **changes):
+    return replace(batch, student=replace(batch.student, **changes))
+
+
 def test_positions_without_shift_and_batches_without_labels_are_named(batch):
-    shifted = batch | {"positions": batch["positions"] + 1}
+    shifted = with_tokens(batch, positions=batch.student.positions + 1)
     assert any("positions" in finding for finding in batch_findings(shifted, 10))
-    empty = batch | {"labels": torch.full_like(batch["labels"], -100), "positions": batch["positions"][:0]}
+    tokens = batch.student
+    empty = with_tokens(batch, labels=torch.full_like(tokens.labels, -100), positions=tokens.positions[:0])
     assert batch_findings(empty, 10) == ["labels: no position has one, nothing would be learnt from this batch"]
 
 
@@ -168,8 +174,8 @@ def test_a_teacher_worse_than_counting_is_named(nll, message):
 
 def test_teacher_likelihood_is_that_of_its_logits(batch):
     model = tiny_llama()
-    logits_LV = model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[0]
-    expected = cross_entropy(logits_LV[:-1].double(), batch["labels"][0, 1:])
+    logits_LV = model(batch.student.input_ids, position_ids=batch.student.position_ids, use_cache=False).logits[0]
+    expected = cross_entropy(logits_LV[:-1].double(), batch.student.labels[0, 1:])
     assert teacher_nll(OnlineTeacher(copy.deepcopy(model)), batch) == pytest.approx(float(expected.detach()), rel=1e-5)
 
 

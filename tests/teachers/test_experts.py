@@ -8,8 +8,9 @@ from distill.errors import UserError
 from distill.losses.routing_terms import student_aware_route
 from distill.models.blocks import moe_block, moe_layers
 from distill.models.layers import decoder_layers
+from distill.models.trace import recording
 from distill.teachers import experts
-from distill.teachers.experts import Recording, mix
+from distill.teachers.experts import mix
 from distill.teachers.find_experts import find_views
 from helpers import tiny
 
@@ -37,11 +38,11 @@ def run(model, views, **options):
             outputs[index] = (output[0] if isinstance(output, tuple) else output).flatten(0, 1)
 
         handles.append(block.register_forward_hook(keep))
-    with torch.no_grad(), Recording(views) as recording:
+    with torch.no_grad(), recording(views) as records:
         model(IDS, **options)
     for handle in handles:
         handle.remove()
-    return recording, outputs
+    return records, outputs
 
 
 def plain_expert(experts, e, x):
@@ -62,9 +63,9 @@ def close(actual, expected, tolerance=1e-5):
 def test_routed_outputs_plus_shared_experts_are_the_blocks_output(make):
     model = make()
     views = find_views(model, moe_layers(model), None, None)
-    recording, blocks = run(model, views)
+    records, blocks = run(model, views)
     for view in views:
-        capture, block = recording.layers[view.layer], moe_block(decoder_layers(model)[view.layer])
+        capture, block = records[view.layer], moe_block(decoder_layers(model)[view.layer])
         x = capture["input_TD"]
         with torch.no_grad():
             shared = block.shared_experts(x) if hasattr(block, "shared_experts") else 0.0
@@ -83,8 +84,8 @@ def test_more_experts_are_the_familys_own_selection(make):
     wider = make(num_experts_per_tok=3)
     views, wide_views = (find_views(m, moe_layers(m)[:1], None, None) for m in (model, wider))
     # Up to the first MoE block both models agree.
-    (recording, _), (wide, _) = run(model, views), run(wider, wide_views)
-    capture, expected = recording.layers[views[0].layer], wide.layers[views[0].layer]
+    (records, _), (wide, _) = run(model, views), run(wider, wide_views)
+    capture, expected = records[views[0].layer], wide[views[0].layer]
     routed = views[0].route(capture, ALL, 3, mixture=True)
     assert torch.equal(routed.index_NK, expected["index_TK"])
     close(routed.mixture_ND, expected["mixture_TD"])
@@ -97,8 +98,8 @@ def test_more_experts_are_the_familys_own_selection(make):
 def test_gates_are_the_routers_own_function_of_all_logits(make):
     model = make()
     (view,) = find_views(model, moe_layers(model)[:1], None, None)
-    recording, _ = run(model, [view])
-    capture = recording.layers[view.layer]
+    records, _ = run(model, [view])
+    capture = records[view.layer]
     logits = view.router.weight.detach() @ capture["input_TD"].T
     logits = logits.T + getattr(view.router, "bias", torch.zeros(4)).detach()
     if make is tiny.tiny_deepseek_v3:  # scores over their sum, without the selection bias
@@ -118,9 +119,9 @@ def test_gates_are_the_routers_own_function_of_all_logits(make):
 def test_slices_add_up_to_the_ffn(make, num_experts):
     model = make()
     views = find_views(model, [0, 1], num_experts, 1)
-    recording, blocks = run(model, views)
+    records, blocks = run(model, views)
     for view in views:
-        capture = recording.layers[view.layer]
+        capture = records[view.layer]
         outputs = view.outputs(capture, ALL)
         assert outputs.shape == (num_experts, len(ALL), 16)
         close(outputs.sum(0), blocks[view.layer])
@@ -132,8 +133,8 @@ def test_slices_add_up_to_the_ffn(make, num_experts):
 def test_a_slice_is_the_ffn_with_the_other_neurons_silenced(make):
     model = make()
     (view,) = find_views(model, [1], 4, 2)
-    recording, _ = run(model, [view])
-    capture = recording.layers[1]
+    records, _ = run(model, [view])
+    capture = records[1]
     outputs = view.outputs(capture, ALL)
     for e in range(4):
         silenced = torch.zeros_like(capture["neurons_TI"])
@@ -154,8 +155,8 @@ def test_a_slice_is_the_ffn_with_the_other_neurons_silenced(make):
 def test_bf16_stays_within_its_own_error(make):
     model = make().bfloat16()
     (view,) = find_views(model, [1], 4 if make is tiny.tiny_llama else None, None)
-    recording, blocks = run(model, [view])
-    capture = recording.layers[1]
+    records, blocks = run(model, [view])
+    capture = records[1]
     outputs = view.outputs(capture, ALL)
     assert outputs.dtype == torch.bfloat16
     if make is tiny.tiny_llama:
@@ -170,10 +171,10 @@ def test_bf16_stays_within_its_own_error(make):
 def test_chunks_change_nothing(make, monkeypatch):
     model = make()
     (view,) = find_views(model, [1], None, None)
-    recording, _ = run(model, [view])
-    whole = view.route(recording.layers[1], ALL, 3, mixture=True)
+    records, _ = run(model, [view])
+    whole = view.route(records[1], ALL, 3, mixture=True)
     monkeypatch.setattr("distill.teachers.experts.CHUNK_BYTES", 1000)
-    parts = view.route(recording.layers[1], ALL, 3, mixture=True)
+    parts = view.route(records[1], ALL, 3, mixture=True)
     assert torch.equal(whole.index_NK, parts.index_NK)
     close(parts.gates_NE, whole.gates_NE)
     close(parts.mixture_ND, whole.mixture_ND)
@@ -185,16 +186,16 @@ def test_shards_are_gathered_as_often_whatever_the_number_of_rows(make, tau, mon
     """Gathering communicates: a rank with fewer rows must not gather less often than the others, who would wait."""
     model = make()
     (view,) = find_views(model, [1], None, None)
-    recording, _ = run(model, [view])
+    records, _ = run(model, [view])
     gathered = []
     monkeypatch.setattr(experts, "unsharded", lambda module: gathered.append(module) or module)
     monkeypatch.setattr(experts, "CHUNK_BYTES", 1000)
     counts = []
     for rows in (0, 1, 5, len(ALL)):
         if tau is None:
-            view.route(recording.layers[1], ALL[:rows], 3, mixture=True)
+            view.route(records[1], ALL[:rows], 3, mixture=True)
         else:
-            student_aware_route(view, recording.layers[1], ALL[:rows], torch.zeros(rows, view.width), 3, tau)
+            student_aware_route(view, records[1], ALL[:rows], torch.zeros(rows, view.width), 3, tau)
         counts.append(len(gathered))
         gathered.clear()
     assert counts[0] > 0
@@ -207,11 +208,10 @@ def test_hooks_live_only_inside_a_recording(make):
     views = find_views(model, [1], None, None)
     hooked = lambda: sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())  # noqa: E731
     assert hooked() == 0
-    recording = Recording(views)
-    with recording:
+    with recording(views):
         assert hooked() > 0
     assert hooked() == 0
-    with pytest.raises(ValueError, match="input_ids"), recording:
+    with pytest.raises(ValueError, match="input_ids"), recording(views):
         model()
     assert hooked() == 0
 
@@ -271,14 +271,14 @@ def test_sharded_weights_are_gathered(tmp_path):
             for layer in decoder_layers(sharded):
                 fully_shard(layer, mesh=mesh)
             fully_shard(sharded, mesh=mesh)
-            (recording, _), (sharded_recording, _) = run(plain, [view]), run(sharded, [sharded_view])
+            (records, _), (sharded_records, _) = run(plain, [view]), run(sharded, [sharded_view])
             with torch.no_grad():
-                expected = view.route(recording.layers[1], ALL, 3, mixture=True)
-                actual = sharded_view.route(sharded_recording.layers[1], ALL, 3, mixture=True)
+                expected = view.route(records[1], ALL, 3, mixture=True)
+                actual = sharded_view.route(sharded_records[1], ALL, 3, mixture=True)
                 close(actual.mixture_ND, expected.mixture_ND)
                 close(
-                    sharded_view.whole().outputs(sharded_recording.layers[1], ALL),
-                    view.outputs(recording.layers[1], ALL),
+                    sharded_view.whole().outputs(sharded_records[1], ALL),
+                    view.outputs(records[1], ALL),
                 )
     finally:
         torch.distributed.destroy_process_group()

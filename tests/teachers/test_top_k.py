@@ -4,10 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from distill.batch import Tokens
 from distill.errors import UserError
 from distill.models.blocks import moe_block, moe_layers
 from distill.models.layers import decoder_layers
-from distill.teachers.experts import Recording
+from distill.models.trace import recording
 from distill.teachers.find_experts import find_views
 from distill.teachers.online import OnlineTeacher
 from helpers import tiny
@@ -21,7 +22,7 @@ MOE = [
     tiny.tiny_gpt_oss,
 ]
 IDS = torch.randint(3, tiny.VOCAB, (2, 9), generator=torch.Generator().manual_seed(1))
-BATCH = {"input_ids": IDS, "packed": False}
+TOKENS = Tokens(IDS, IDS, torch.ones_like(IDS), torch.zeros_like(IDS), IDS[0], packed=False)
 
 
 def close(actual, expected, tolerance=1e-5):
@@ -34,8 +35,8 @@ def test_the_forward_pass_is_that_of_the_model_configured_so(make, top_k):
     native, wider = OnlineTeacher(make()), make(num_experts_per_tok=4 if top_k == "all" else top_k)
     with torch.no_grad():
         expected = wider.get_decoder()(IDS, use_cache=False).last_hidden_state
-    close(OnlineTeacher(make(), top_k).hidden(BATCH), expected)
-    assert (native.hidden(BATCH) - expected).abs().max() > 1e-3 * expected.abs().max()
+    close(OnlineTeacher(make(), top_k).hidden(TOKENS), expected)
+    assert (native.hidden(TOKENS) - expected).abs().max() > 1e-3 * expected.abs().max()
 
 
 @pytest.mark.parametrize("make", MOE)
@@ -44,18 +45,18 @@ def test_routing_keeps_the_native_k_and_the_gates_over_all_experts(make):
     model, plain = make(), make()
     views = find_views(model, moe_layers(model), None, None)
     teacher = OnlineTeacher(model, "all")
-    with Recording(views) as recording:
-        teacher.hidden(BATCH)
+    with recording(views) as records:
+        teacher.hidden(TOKENS)
     rows = torch.tensor([0, 3, 17, 8])
     for view in views:
         assert view.native_k == 2
-        block, captured = moe_block(decoder_layers(plain)[view.layer]), recording.layers[view.layer]
+        block, captured = moe_block(decoder_layers(plain)[view.layer]), records[view.layer]
         assert captured["index_TK"].shape == (18, 4)
         (native_view,) = find_views(plain, [view.layer], None, None)
         states = captured["input_TD"]
-        with torch.no_grad(), Recording([native_view]) as native:
+        with torch.no_grad(), recording([native_view]) as native:
             block(states.unflatten(0, IDS.shape))
-        expected = native.layers[view.layer]
+        expected = native[view.layer]
         routed = view.route(captured, rows, 2, mixture=True)
         assert torch.equal(routed.index_NK, expected["index_TK"][rows])
         close(routed.mixture_ND, expected["mixture_TD"][rows])

@@ -7,11 +7,14 @@ import pytest
 import torch
 from torch.nn.functional import kl_div
 
+from distill.batch import Batch, Tokens
 from distill.errors import UserError
 from distill.losses.engine.divergence import KDLoss
 from distill.losses.engine.loss import distillation_loss
 from distill.models.head import lm_head_of
+from distill.models.trace import Needs
 from distill.teachers.online import OnlineTeacher
+from distill.teachers.source import Run
 from distill.teachers.targets import DenseTargets, sampled_targets, top_k_targets
 from distill.training.callbacks.curriculum import Curriculum
 from distill.training.objective import objective
@@ -32,22 +35,21 @@ def models():
 def batch():
     ids = torch.randint(tiny.VOCAB, (B, L))
     positions = torch.arange(B * L).view(B, L)[:, :-1].flatten()
-    return {
-        "input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids), "packed": False,
-        "position_ids": torch.arange(L).expand(B, L), "positions": positions, "bytes": 40,
-        "units": {"tokens": len(positions), "queries": len(positions), "micro_batches": 1},
-    }  # fmt: skip
+    tokens = Tokens(ids, ids, torch.ones_like(ids), torch.arange(L).expand(B, L), positions, packed=False)
+    units = {"tokens": len(positions), "queries": len(positions), "micro_batches": 1}
+    return Batch(tokens, tokens, units, bytes=40)
 
 
 def losses(models, batch, state, kd, **options):
     student, teacher = models
+    teacher.open(Run(kd, Needs(), tiny.VOCAB))
     return objective(batch, student, teacher, ["kd_loss"], state, 1.0, kd=kd, **options)
 
 
 def log_softmaxes(models, batch, temperature):
     student, teacher = models
     return (
-        (model(batch["input_ids"]).logits[:, :-1].flatten(0, 1) / temperature).log_softmax(-1)
+        (model(batch.student.input_ids).logits[:, :-1].flatten(0, 1) / temperature).log_softmax(-1)
         for model in (student, teacher.model)
     )
 
@@ -71,10 +73,10 @@ def test_stored_targets_refuse_a_temperature_that_moves_on(models, batch, schedu
     student, teacher = models
     curriculum, head = Curriculum(temperature=schedule), lm_head_of(student)
     first, second = (curriculum.state_at(step, 10).temperature for step in (0, 1))
-    hidden = {name: model.get_decoder()(batch["input_ids"]).last_hidden_state[:, :-1].flatten(0, 1)
+    hidden = {name: model.get_decoder()(batch.student.input_ids).last_hidden_state[:, :-1].flatten(0, 1)
               for name, model in (("student", student), ("teacher", teacher.model))}  # fmt: skip
     stored = make(DenseTargets(hidden["teacher"], lm_head_of(teacher.model)), 4, first)
-    arguments = (hidden["student"], head, batch["labels"][:, 1:].flatten(), stored)
+    arguments = (hidden["student"], head, batch.student.labels[:, 1:].flatten(), stored)
     options = {"kd": KDLoss(), "kd_weight": 1.0, "lm_weight": None}
     assert distillation_loss(*arguments, temperature=first, **options).loss.isfinite()
     with pytest.raises(UserError, match=r"temperature: .* stored targets were made at .*set curriculum.temperature"):
@@ -120,6 +122,7 @@ def test_measuring_kd_at_weight_zero_changes_no_bit(models, batch, kd, monkeypat
     monkeypatch.setattr("distill.losses.engine.walk._CHUNK_BYTES_CPU", 60_000)
     student, teacher = models
     state, gradients = Curriculum(kd=[[0.0, 0.0], [0.5, 1.0]]).state_at(0, 10), []
+    teacher.open(Run(kd, Needs(), tiny.VOCAB))
     for watched in ([], ["kd_loss"]):
         result = objective(batch, student, teacher, ["kd_loss", "lm_loss"], state, 1.0, kd=kd, measure_inactive=watched)
         assert list(result.breakdown.raw) == [*watched, "lm_loss"]

@@ -6,37 +6,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import CSVLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distill.checkpoints.files import earlier_runs, find_last, write
 from distill.errors import UserError
+from helpers.recorder import Recorder
 from helpers.training_log import parse
 
 ALWAYS = {"train/loss", "train/kd_loss", "curriculum/kd", "train/grad_norm", "val/loss", "val/kl_div_T1", "val/ece"}
-
-
-class Recorder(Logger):
-    """Keeps in memory what it is given, and has no directory of its own."""
-
-    def __init__(self, version: str | None = None) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-        self._version = version
-
-    @property
-    def name(self) -> str:
-        return "recorder"
-
-    @property
-    def version(self) -> str | int:
-        return self._version or 3
-
-    def log_metrics(self, metrics, step=None) -> None:
-        self.names |= metrics.keys()
-
-    def log_hyperparams(self, params, *args, **kwargs) -> None:
-        self.params = params
 
 
 def logger(path: str, **init_args) -> dict:
@@ -103,7 +81,7 @@ def test_validation_leaves_nothing_behind_unless_a_logger_is_asked_for(distill, 
 
 @pytest.mark.parametrize(("version", "folder"), [("abc", "abc"), (None, "version_3")])
 def test_a_logger_without_a_directory_gets_one_by_its_name_and_version(distill, config, version, folder):
-    config["trainer"]["logger"] = logger("test_loggers.Recorder", version=version)
+    config["trainer"]["logger"] = logger("helpers.recorder.Recorder", version=version)
     names = run_of(distill, config, f"recorder/{folder}").trainer.logger.names
     assert names >= ALWAYS
 
@@ -111,7 +89,7 @@ def test_a_logger_without_a_directory_gets_one_by_its_name_and_version(distill, 
 def test_own_loggers_are_given_the_names_of_the_default_ones(distill, config):
     config["trainer"]["logger"] = [
         logger("lightning.pytorch.loggers.CSVLogger", save_dir="logs", name="mine"),
-        logger("test_loggers.Recorder"),
+        logger("helpers.recorder.Recorder"),
     ]
     first, second = run_of(distill, config, "logs/mine/version_0").trainer.loggers
     assert isinstance(first, CSVLogger)
@@ -123,7 +101,7 @@ def test_own_loggers_are_given_the_names_of_the_default_ones(distill, config):
 
 def test_loggers_are_given_the_configuration_but_their_own(distill, config):
     own = logger("lightning.pytorch.loggers.CSVLogger", save_dir="logs", name="mine")
-    config["trainer"]["logger"] = [own, logger("test_loggers.Recorder")]
+    config["trainer"]["logger"] = [own, logger("helpers.recorder.Recorder")]
     params = run_of(distill, config, "logs/mine/version_0").trainer.loggers[1].params
     assert params["model"]["student_layers"] == 2
     assert params["curriculum"]["kd"] == 0.7

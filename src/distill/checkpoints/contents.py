@@ -7,43 +7,23 @@ import dataclasses
 import inspect
 import json
 import zipfile
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-)
+from transformers import GenerationConfig, PreTrainedModel
 
 from distill.checkpoints.proof import proof, proof_row
 from distill.errors import UserError
+from distill.models.lora import LoRA
 
 FORMAT = 1
 SOURCES = ("model.teacher", "model.student", "model.student_config", "data.tokenizer")  # paths, where they exist
 BINDING = ("model.teacher", "data.tokenizer", "data.packing")  # another one would mean other targets or tokens
-
-
-def settings_of(module: Any) -> dict[str, Any]:
-    """What a DistillationModule's checkpoint is made with, as plain values."""
-    data = getattr(module.trainer, "datamodule", None)
-    losses = {key: getattr(module, key) for key in ("routing", "attention", "layerwise", "contrastive")}
-    options = {key: getattr(module, key) for key in ("kd_loss", "lora")}
-    plain = (
-        "teacher_top_k", "student_layers_by", "learning_rate", "router_learning_rate", "warmup_steps", "weight_decay",
-    )  # fmt: skip
-    return {
-        "model.teacher": module.teacher_source,
-        "data.tokenizer": getattr(data, "tokenizer_source", None) or module.teacher_source,
-        "data.packing": getattr(data, "packing", None),
-        "model.lm_loss": "lm_loss" in module.components,
-        **{f"model.{key}": value for key, value in module.student_sources.items()},
-        **{f"model.{key}": getattr(module, key) for key in plain},
-        **{f"model.{key}": None if value is None else asdict(value) for key, value in options.items()},
-        **{f"model.{key}": None if loss is None else loss.settings() for key, loss in losses.items()},
-    }
 
 
 def describe(settings: dict[str, Any]) -> dict[str, Any]:
@@ -117,44 +97,54 @@ def check(checkpoint: dict[str, Any], settings: dict[str, Any], state: dict[str,
         rank_zero_warn(f"The configuration differs from the checkpoint's and wins: {', '.join(differing)}.")
 
 
-def record(module: Any) -> dict[str, Any]:
+def record(
+    student: PreTrainedModel,
+    generation: GenerationConfig,
+    tokenizer: str,
+    lora: LoRA | None,
+    data: L.LightningDataModule | None,
+    run: Mapping[str, Any],
+) -> dict[str, Any]:
     """What a checkpoint says of its student and its run, as plain values.
 
     Args:
-        module: a DistillationModule whose models were built, with its trainer.
+        student: the model.
+        generation: how it is to write, where it stops among others.
+        tokenizer: source of its tokenizer.
+        lora: adapters that its weights carry.
+        data: whose first validation row its proof is of.
+        run: what `run_record` says.
 
     Returns:
-        `student`: config, generation_config, tokenizer; `run`: components, data, curriculum, trainer, metrics of
-        the last validation, whatever of them there is.
+        `student`: config, generation_config, lora, tokenizer, proof; `run`.
     """
-    trainer = module.trainer
-    data = getattr(trainer, "datamodule", None)
-    curriculum = next((c for c in trainer.callbacks if type(c).__name__ == "Curriculum"), None)
-    # A student with random weights speaks the teacher's tokens, and its own defaults for where to stop mean others.
-    random = module.student_sources["student_config"] is not None and module.teacher is not None
-    generation: GenerationConfig = (module.teacher.model if random else module.student).generation_config
-    source = getattr(data, "tokenizer_source", None) or module.teacher_source
     return {
         "student": {
-            "config": plain(module.student.config.to_dict()),
+            "config": plain(student.config.to_dict()),
             "generation_config": plain(generation.to_dict()),
-            "lora": dataclasses.asdict(module.lora) if module.lora is not None else None,
-            "tokenizer": str(Path(source).resolve()) if Path(source).exists() else source,
-            "proof": proof(module.student, proof_row(data)),
+            "lora": dataclasses.asdict(lora) if lora is not None else None,
+            "tokenizer": str(Path(tokenizer).resolve()) if Path(tokenizer).exists() else tokenizer,
+            "proof": proof(student, proof_row(data)),
         },
-        "run": {
-            "components": list(module.components),
-            "data": _arguments(data) | _parts(data) if data is not None else {},
-            "curriculum": _arguments(curriculum) | plain(curriculum.weights) if curriculum is not None else {},
-            "trainer": {
-                "precision": str(trainer.precision),
-                "accumulate_grad_batches": trainer.accumulate_grad_batches,
-                "world_size": trainer.world_size,
-            },
-            "metrics": {
-                name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")
-            },
+        "run": dict(run),
+    }
+
+
+def run_record(trainer: L.Trainer, losses: Sequence[str]) -> dict[str, Any]:
+    """What a checkpoint says of its run: losses, data, curriculum, trainer, metrics of the last validation."""
+    data = getattr(trainer, "datamodule", None)
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    curriculum = next((c for c in callbacks if type(c).__name__ == "Curriculum"), None)
+    return {
+        "components": list(losses),
+        "data": arguments(data) | _parts(data) if data is not None else {},
+        "curriculum": {} if curriculum is None else arguments(curriculum) | plain(getattr(curriculum, "weights", {})),
+        "trainer": {
+            "precision": str(trainer.precision),
+            "accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "world_size": trainer.world_size,
         },
+        "metrics": {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")},
     }
 
 
@@ -168,12 +158,12 @@ def _word(value: Any) -> Any:
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else str(value)
 
 
-def _parts(data: Any) -> dict[str, Any]:
+def _parts(data: L.LightningDataModule) -> dict[str, Any]:
     """Where a datamodule's documents come from, and how conversations are rendered."""
     return {name: plain(getattr(data, name)) for name in ("sources", "chat") if hasattr(data, name)}
 
 
-def _arguments(instance: Any) -> dict[str, Any]:
+def arguments(instance: object) -> dict[str, Any]:
     """Constructor arguments of an object that keeps them under their names; what is no plain value is left out."""
     names = [name for name in inspect.signature(type(instance)).parameters if hasattr(instance, name)]
     values = {name: getattr(instance, name) for name in names}

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -25,7 +26,7 @@ SPREAD = 48  # ids evenly over the vocabulary, beside the row's own
 ALLOWED = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
 
 
-def proof_row(data: Any) -> list[int]:
+def proof_row(data: L.LightningDataModule | None) -> list[int]:
     """The first tokens of a datamodule's first validation row; none where there is no such row."""
     rows = getattr(data, "validation_rows", None)
     return rows[0]["input_ids"][:LENGTH].tolist() if rows else []

@@ -52,6 +52,43 @@ CALLBACKS: dict[str, type[Callback]] = {
 OFF = {"gradients"}
 
 
+class ProgramTrainer(DistillTrainer):
+    """The trainer of the command line, whose methods are its subcommands."""
+
+    def check(
+        self,
+        model: DistillationModule,
+        datamodule: DistillationDataModule,
+        weights: bool = True,
+        devices: int | None = None,
+        device_memory_gib: float | None = None,
+        tflops: float | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Shows what a run would read, compute and need before it is started, and what looks wrong about it.
+
+        Exit code 1 where something does.
+
+        Args:
+            model: its models need not be built.
+            datamodule: not set up.
+            weights: whether to load the models and run a few rows; without, configurations alone are read.
+            devices: to estimate memory for; null = those of `trainer`.
+            device_memory_gib: of each device; null = this machine's.
+            tflops: that a device reaches, in 10^12 operations a second; null = measured here, 100 for GPUs elsewhere.
+            ckpt_path: not looked into; taken so that a run's own config.yaml serves.
+            weights_only: the same.
+        """
+        from distill.preflight.check import check  # half a second that the other commands need not wait for
+        from distill.preflight.plan import Plan
+
+        wanted = {**Plan.asked_by(self.asked), "devices": devices} if devices else Plan.asked_by(self.asked)
+        plan = Plan(**wanted, weights=weights, device_memory_gib=device_memory_gib, tflops=tflops)
+        if check(self, model, datamodule, plan):
+            raise SystemExit(1)
+
+
 class DistillCLI(LightningCLI):
     """LightningCLI of the one module and the one datamodule."""
 
@@ -162,7 +199,7 @@ def run(args: list[str] | None = None) -> DistillCLI:
             DistillationModule,
             DistillationDataModule,
             save_config_callback=SaveConfig,
-            trainer_class=DistillTrainer,
+            trainer_class=ProgramTrainer,
             trainer_defaults={"log_every_n_steps": 10, "enable_model_summary": False},
             seed_everything_default=0,
             parser_class=Parser,

@@ -12,7 +12,7 @@ THEIR_FORMAT = warnings.formatwarning
 
 def sentence(message: Any, category: Any, filename: str, lineno: int, line: str | None = None) -> str:
     """A warning of ours as it reads; others with the line of code that they come from."""
-    if Path(filename).is_relative_to(Path(__file__).parent):
+    if Path(filename).is_relative_to(Path(__file__).parents[1]):
         return f"warning: {message}\n"
     return THEIR_FORMAT(message, category, filename, lineno, line)
 

@@ -7,17 +7,17 @@ logs. All models are in memory at once, so that the teacher runs once for all of
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from distill.batch import Batch
 from distill.losses.engine.loss import distillation_loss
 from distill.losses.engine.metrics import DistillationMetrics
 from distill.models.head import LMHead, lm_head_of
-from distill.models.trace import decode, valid_labels, valid_rows
+from distill.models.trace import decode
 from distill.teachers.online import OnlineTeacher
 from distill.teachers.targets import DenseTargets
 
@@ -37,7 +37,7 @@ class Sums:
 
 @torch.inference_mode()
 def measure(
-    students: Mapping[str, PreTrainedModel], teacher: OnlineTeacher, batches: Iterable[Mapping[str, Any]],
+    students: Mapping[str, PreTrainedModel], teacher: OnlineTeacher, batches: Iterable[Batch],
     fabric: L.Fabric, chunk_size: int | None = None,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
     """Every model's figures on the same tokens.
@@ -57,8 +57,7 @@ def measure(
     for one in sums.values():
         one.metrics.to(fabric.device)
     for index, host_batch in enumerate(batches):
-        batch = fabric.to_device(dict(host_batch))
-        labels_N = valid_labels(batch)
+        batch = fabric.to_device(host_batch)
         targets: DenseTargets | None = None
         for name, one in sums.items():
             with fabric.autocast():
@@ -67,21 +66,24 @@ def measure(
                 before = _now(fabric)
                 hidden_BLD = _decode(name, one, teacher, batch)
                 one.seconds += _now(fabric) - before
-                one.tokens += batch["input_ids"].numel()
-                hidden_ND = valid_rows(hidden_BLD, batch)
+                one.tokens += batch.student.input_ids.numel()
+                hidden_ND = batch.student.valid(hidden_BLD)
                 stats = distillation_loss(
-                    hidden_ND, one.head, labels_N, targets, chunk_size=chunk_size, metrics=True
+                    hidden_ND, one.head, batch.student.labels_N, targets, chunk_size=chunk_size, metrics=True
                 ).stats
             assert stats is not None
-            one.metrics.update(stats, batch["bytes"])
+            one.metrics.update(stats, batch.bytes)
             if name == TEACHER:
                 targets = DenseTargets(hidden_ND, one.head)
     found = {name: {key: float(value) for key, value in one.metrics.compute().items()} for name, one in sums.items()}
     return {name: figures(one, found[name], found[TEACHER]) for name, one in sums.items()}
 
 
-def _decode(name: str, one: Sums, teacher: OnlineTeacher, batch: Mapping[str, Any]) -> Tensor:
-    return teacher.hidden(batch) if name == TEACHER else decode(one.model, batch).last_hidden_state
+def _decode(name: str, one: Sums, teacher: OnlineTeacher, batch: Batch) -> Tensor:
+    if name == TEACHER:
+        return teacher.hidden(batch.teacher)
+    hidden_BLD: Tensor = decode(one.model, batch.student).last_hidden_state
+    return hidden_BLD
 
 
 def _now(fabric: L.Fabric) -> float:

@@ -8,8 +8,6 @@ transformers' attention interface can be read.
 Shapes: B rows, L positions, H query heads, G key-value heads, d width of a head, D = heads * d.
 """
 
-import math
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal, final
 
@@ -17,7 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from distill.batch import Batch
 from distill.errors import UserError
+from distill.losses.component import OneLoss, check_coefficient
 from distill.losses.layers import check_layers
 from distill.losses.map_kl import map_kl
 from distill.losses.relation_kl import relation_kl
@@ -25,7 +25,7 @@ from distill.models.trace import QKV, Needs, Trace, try_attention
 
 
 @final
-class AttentionTransfer:
+class AttentionTransfer(OneLoss):
     """Attention transfer between one layer of the teacher and one of the student.
 
     Args:
@@ -45,6 +45,7 @@ class AttentionTransfer:
 
     component = "attention_loss"
     unit = "queries"  # valid tokens with an earlier one in their document: the first has but itself to look at
+    looks_at = "queries, keys, values"
 
     def __init__(
         self,
@@ -54,8 +55,7 @@ class AttentionTransfer:
         relation_heads: int | None = None,
         coefficient: float = 1.0,
     ) -> None:
-        if not 0 <= coefficient < math.inf:
-            raise UserError(f"model.attention.coefficient: {coefficient}; give a number from 0 up")
+        check_coefficient("model.attention.coefficient:", coefficient)
         if relation_heads is not None and relation_heads < 1:
             raise UserError(f"model.attention.relation_heads: {relation_heads} is not a count; give 1 or more")
         if relation_heads is not None and form == "maps":
@@ -67,9 +67,8 @@ class AttentionTransfer:
         self.teacher_layer, self.student_layer = teacher_layer, student_layer
         self.relation_heads = relation_heads
         self.coefficient = coefficient
-        self.teacher_needs, self.student_needs = Needs(), Needs()
 
-    def build(self, teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    def build(self, teacher: PreTrainedModel, student: PreTrainedModel, rows: int | None = None) -> None:
         """Choose the layers and see on a few made-up tokens that their attention can be read and compared.
 
         Raises:
@@ -110,29 +109,24 @@ class AttentionTransfer:
             "coefficient": self.coefficient,
         }
 
-    def __call__(self, student: Trace, teacher: Trace, batch: Mapping[str, Any]) -> Tensor:
+    def __call__(self, student: Trace, teacher: Trace, batch: Batch) -> Tensor:
         """Sum over queries, scalar, nats times the coefficient; relations are averaged over their three kinds.
 
         Args:
             student: with what `student_needs` says.
             teacher: detached, with what `teacher_needs` says.
-            batch: with position_ids and attention_mask [B, L] and positions [N].
+            batch: which both have read.
         """
         ours, theirs = (next(iter(side.attention.values())) for side in (student, teacher))
-        starts_BL = batch["position_ids"] == 0
-        document_BL, real_BL = starts_BL.cumsum(-1), batch["attention_mask"].bool()
-        query_T = torch.zeros(starts_BL.numel(), dtype=torch.bool, device=starts_BL.device)
-        query_BL = query_T.index_fill_(0, batch["positions"], True).view_as(starts_BL) & ~starts_BL
+        tokens = batch.student
+        places = (tokens.document_BL, tokens.real_BL, tokens.query_BL)
         dtype = torch.promote_types(ours.query_BHLd.dtype, torch.float32)
         if self.form == "maps":
-            total = map_kl(_cast(ours, dtype), _cast(theirs, dtype), document_BL, real_BL, query_BL)
+            total = map_kl(_cast(ours, dtype), _cast(theirs, dtype), *places)
         else:
             pairs = zip(_states(_cast(ours, dtype)), _states(_cast(theirs, dtype)), strict=True)
             total = torch.stack(
-                [
-                    relation_kl(one, other, document_BL, real_BL, query_BL, self.relation_heads, with_self=True)
-                    for one, other in pairs
-                ]
+                [relation_kl(one, other, *places, self.relation_heads, with_self=True) for one, other in pairs]
             ).mean()
         return total * self.coefficient
 

@@ -10,7 +10,6 @@ side its own).
 """
 
 import math
-from collections.abc import Iterator, Mapping
 from typing import Any, final
 
 import torch
@@ -19,7 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from distill.batch import Batch, Tokens
 from distill.errors import UserError
+from distill.losses.component import OneLoss, check_coefficient
 from distill.losses.layers import check_layers
 from distill.losses.states import apply, normalise
 from distill.models.precision import full_precision
@@ -54,11 +55,11 @@ def _signed(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
 
 
-def sample(batch: Mapping[str, Any], per_row: int) -> tuple[Tensor, Tensor]:
+def sample(tokens: Tokens, per_row: int) -> tuple[Tensor, Tensor]:
     """Flat positions [B * per_row] of evenly spaced valid tokens of each row, and which of the places hold one."""
-    shape = batch["position_ids"].shape
-    valid_T = torch.zeros(shape.numel(), dtype=torch.long, device=batch["positions"].device)
-    counts_BL = valid_T.index_fill_(0, batch["positions"], 1).view(shape).cumsum(-1)
+    shape = tokens.position_ids.shape
+    valid_T = torch.zeros(shape.numel(), dtype=torch.long, device=tokens.positions.device)
+    counts_BL = valid_T.index_fill_(0, tokens.positions, 1).view(shape).cumsum(-1)
     valid_B1 = counts_BL[:, -1:]
     place_S = torch.arange(per_row, device=valid_T.device)[None]
     spaced_BS = torch.where(valid_B1 > per_row, (2 * place_S + 1) * valid_B1 // (2 * per_row), place_S)
@@ -88,7 +89,7 @@ def info_nce(anchor_SD: Tensor, key_MD: Tensor, own_S: Tensor, same_SM: Tensor, 
 
 
 @final
-class Contrastive(nn.Module):
+class Contrastive(OneLoss, nn.Module):
     """Token-level InfoNCE between the student's projected states and the teacher's.
 
     Args:
@@ -106,6 +107,7 @@ class Contrastive(nn.Module):
 
     component = "contrastive_loss"
     unit = "micro_batches"
+    looks_at = "hidden states, queue of the teacher's"
 
     queue_QD: Tensor
     queue_contexts_Q: Tensor
@@ -123,15 +125,13 @@ class Contrastive(nn.Module):
         super().__init__()
         if not 0 < temperature < math.inf:
             raise UserError(f"model.contrastive.temperature: {temperature}; give a number above 0")
-        if not 0 <= coefficient < math.inf:
-            raise UserError(f"model.contrastive.coefficient: {coefficient}; give a number from 0 up")
+        check_coefficient("model.contrastive.coefficient:", coefficient)
         for key, value, least in (("tokens_per_row", tokens_per_row, 1), ("queue_size", queue_size, 0)):
             if value < least:
                 raise UserError(f"model.contrastive.{key}: {value} is not a count; give {least} or more")
         self.temperature, self.coefficient = temperature, coefficient
         self.tokens_per_row, self.queue_size = tokens_per_row, queue_size
         self.teacher_layer, self.student_layer = teacher_layer, student_layer
-        self.teacher_needs, self.student_needs = Needs(), Needs()
         self.projection: nn.Module = nn.Identity()
         self.rows = 1
 
@@ -161,10 +161,6 @@ class Contrastive(nn.Module):
         self.register_buffer("queue_contexts_Q", torch.full((self.queue_size,), EMPTY))
         self.register_buffer("place", torch.zeros((), dtype=torch.long))
 
-    def trained_by(self, component: str) -> Iterator[nn.Parameter]:
-        """The parameters here that a component sends gradient to."""
-        yield from self.parameters() if component == self.component else ()
-
     def settings(self) -> dict[str, Any]:
         """What the projection and queue in a checkpoint depend on, as plain values."""
         layers = {"teacher_layer": self.teacher_needs.hidden, "student_layer": self.student_needs.hidden}
@@ -176,7 +172,7 @@ class Contrastive(nn.Module):
             "coefficient": self.coefficient,
         }
 
-    def forward(self, student: Trace, teacher: Trace, batch: Mapping[str, Any]) -> Tensor:
+    def forward(self, student: Trace, teacher: Trace, batch: Batch) -> Tensor:
         """Mean over the sampled tokens of this micro-batch on all ranks, times the coefficient, scalar, nats per token.
 
         The value is global; the gradient is this rank's part times the number of ranks, which DDP's averaging turns
@@ -185,15 +181,16 @@ class Contrastive(nn.Module):
         Args:
             student: with what `student_needs` says.
             teacher: detached, with what `teacher_needs` says.
-            batch: with input_ids and position_ids [B, L] and positions [N].
+            batch: which both have read.
         """
-        position_S, taken_S = sample(batch, self.tokens_per_row)
+        tokens = batch.student
+        position_S, taken_S = sample(tokens, self.tokens_per_row)
         (ours,), (theirs,) = self.student_needs.hidden, self.teacher_needs.hidden  # others' layers are there too
         states_SD, target_SD = (
             hidden_BLD.flatten(0, 1).index_select(0, position_S)
             for hidden_BLD in (student.hidden[ours], teacher.hidden[theirs])
         )
-        context_T = contexts(batch["input_ids"], batch["position_ids"]).flatten()
+        context_T = contexts(tokens.input_ids, tokens.position_ids).flatten()
         context_S = context_T.index_select(0, position_S).masked_fill(~taken_S, EMPTY)
         anchor_SD = F.normalize(full_precision(apply(self.projection, normalise(states_SD))), dim=-1)
         key_SD = F.normalize(normalise(target_SD.detach()), dim=-1).to(anchor_SD.dtype)

@@ -8,8 +8,6 @@ each pair of layers, trained and then thrown away.
 Shapes: N valid tokens, D width (each side its own).
 """
 
-import math
-from collections.abc import Iterator, Mapping
 from typing import Any, Literal, final
 
 import torch
@@ -17,11 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from distill.batch import Batch
 from distill.errors import UserError
+from distill.losses.component import OneLoss, check_coefficient
 from distill.losses.layers import check_layers, same_depth, spread
 from distill.losses.states import apply, normalise
 from distill.models.precision import full_precision
-from distill.models.trace import Needs, Trace, valid_rows
+from distill.models.trace import Needs, Trace
 
 DEFAULT_PAIRS = 4  # or as many as the student has layers
 
@@ -40,7 +40,7 @@ DISTANCES = {"mse": squared_error, "cosine": cosine_distance}
 
 
 @final
-class Layerwise(nn.Module):
+class Layerwise(OneLoss, nn.Module):
     """Matching of hidden states between pairs of layers.
 
     Args:
@@ -60,6 +60,7 @@ class Layerwise(nn.Module):
 
     component = "layerwise_loss"
     unit = "queries"  # valid tokens that are not their document's first
+    looks_at = "hidden states"
 
     def __init__(
         self,
@@ -69,8 +70,7 @@ class Layerwise(nn.Module):
         coefficient: float = 1.0,
     ) -> None:
         super().__init__()
-        if not 0 <= coefficient < math.inf:
-            raise UserError(f"model.layerwise.coefficient: {coefficient}; give a number from 0 up")
+        check_coefficient("model.layerwise.coefficient:", coefficient)
         for key, layers in (("student_layers", student_layers), ("teacher_layers", teacher_layers)):
             if layers is not None and (layers if isinstance(layers, int) else len(layers)) < 1:
                 raise UserError(f"model.layerwise.{key}: {layers} names no layer; give 1 or more")
@@ -80,7 +80,7 @@ class Layerwise(nn.Module):
         self.pairs: list[tuple[int, int]] = []
         self.projections = nn.ModuleList()
 
-    def build(self, teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    def build(self, teacher: PreTrainedModel, student: PreTrainedModel, rows: int | None = None) -> None:
         """Pair the layers and make a projection for each pair.
 
         Raises:
@@ -108,21 +108,8 @@ class Layerwise(nn.Module):
                 f"model.layerwise.teacher_layers: {targets} are not one for each of student_layers {chosen}; match them"
             )
         self.pairs = list(zip(chosen, targets, strict=True))
+        self.student_needs, self.teacher_needs = Needs(hidden=frozenset(chosen)), Needs(hidden=frozenset(targets))
         self.projections = nn.ModuleList(nn.Linear(ours.hidden_size, theirs.hidden_size) for _ in self.pairs)
-
-    @property
-    def student_needs(self) -> Needs:
-        """Layers of the student that are read."""
-        return Needs(hidden=frozenset(ours for ours, _ in self.pairs))
-
-    @property
-    def teacher_needs(self) -> Needs:
-        """Layers of the teacher that are read."""
-        return Needs(hidden=frozenset(theirs for _, theirs in self.pairs))
-
-    def trained_by(self, component: str) -> Iterator[nn.Parameter]:
-        """The parameters here that a component sends gradient to."""
-        yield from self.parameters() if component == self.component else ()
 
     def settings(self) -> dict[str, Any]:
         """What the projections in a checkpoint depend on, as plain values."""
@@ -132,20 +119,20 @@ class Layerwise(nn.Module):
             "coefficient": self.coefficient,
         }
 
-    def forward(self, student: Trace, teacher: Trace, batch: Mapping[str, Any]) -> Tensor:
+    def forward(self, student: Trace, teacher: Trace, batch: Batch) -> Tensor:
         """Sum over non-first valid tokens, averaged over the pairs of layers, times the coefficient, scalar.
 
         Args:
             student: with what `student_needs` says.
             teacher: detached, with what `teacher_needs` says.
-            batch: with position_ids [B, L] and positions [N].
+            batch: which both have read.
         """
         assert self.pairs, "build() comes first"
-        counts_N = batch["position_ids"].flatten().index_select(0, batch["positions"]) > 0
+        counts_N = batch.student.query_N
         values = []
         for projection, (ours, theirs) in zip(self.projections, self.pairs, strict=True):
-            states_ND = valid_rows(student.hidden[ours], batch)
-            target_ND = valid_rows(teacher.hidden[theirs].detach(), batch)
+            states_ND = batch.student.valid(student.hidden[ours])
+            target_ND = batch.student.valid(teacher.hidden[theirs].detach())
             distance_N = DISTANCES[self.distance](apply(projection, normalise(states_ND)), target_ND)
             values.append((distance_N * counts_N).sum())
         return torch.stack(values).mean() * self.coefficient

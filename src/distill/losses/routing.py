@@ -11,16 +11,18 @@ Shapes: B rows, L positions, T = B * L, N valid tokens, D width, E experts, K ex
 
 import math
 import warnings
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from distill.curriculum import WEIGHT_KEY
+from distill.batch import Batch, Tokens
+from distill.curriculum import WEIGHT_KEY, CurriculumState
 from distill.errors import UserError, did_you_mean
+from distill.losses.component import Measured, check_coefficient
 from distill.losses.layers import check_layers, same_depth, spread
 from distill.losses.routing_terms import (
     attention_alignment,
@@ -35,8 +37,8 @@ from distill.losses.states import apply, normalise
 from distill.models.blocks import moe_layers
 from distill.models.layers import decoder_layers
 from distill.models.precision import full_precision
-from distill.models.trace import valid_rows
-from distill.teachers.experts import Capture, Recording, Routed, View
+from distill.models.trace import Needs, Trace
+from distill.teachers.experts import Capture, Routed, View
 from distill.teachers.find_experts import find_views
 
 UNIT = {
@@ -46,19 +48,6 @@ UNIT = {
     "routing_attention_alignment_loss": "queries",
 }
 FEATURE, IMPORTANCE, BALANCE, ALIGNMENT = UNIT
-
-
-@dataclass(frozen=True)
-class RoutingOutput:
-    """What one micro-batch on one rank yields.
-
-    Args:
-        sums: component -> differentiable sum over its units times its coefficient, averaged over layers.
-        stats: name -> detached scalar, averaged over layers, for the log under `routing/`.
-    """
-
-    sums: dict[str, Tensor]
-    stats: dict[str, Tensor]
 
 
 @final
@@ -99,8 +88,7 @@ class Routing(nn.Module):
         for name, coefficient in losses.items():
             if name not in names:
                 raise UserError(f"model.routing.losses: {name!r} is no routing loss; {did_you_mean(name, names)}")
-            if not 0 <= coefficient < math.inf:
-                raise UserError(f"model.routing.losses: {name} has coefficient {coefficient}; give a number from 0 up")
+            check_coefficient(f"model.routing.losses: {name} has coefficient", coefficient)
         if not losses:
             raise UserError("model.routing.losses: {} names no routing loss; name one or leave routing out")
         if not tau > 0:
@@ -134,18 +122,24 @@ class Routing(nn.Module):
         self.projections = nn.ModuleList()
         self.probes = nn.ModuleList()
         self.native_k = 0
-        self.num_experts_ = 0
+        self.routed_experts: int | None = None
+        self.teacher_needs, self.student_needs = Needs(), Needs()
         self.student_layer_indices: list[int] = []
         self._views: list[View] = []
         self._warned = False
 
-    def build(self, teacher: PreTrainedModel, student_config: PretrainedConfig) -> None:
+    @property
+    def units(self) -> Mapping[str, str]:
+        """The configured losses and their units."""
+        return {component: UNIT[component] for component in self.components}
+
+    def build(self, teacher: PreTrainedModel, student: PreTrainedModel, rows: int | None = None) -> None:
         """Find the teacher's experts and make the projections and probes that the configured losses need.
 
         Raises:
             UserError: a layer is out of range or has no experts, or counts differ from the teacher's.
         """
-        student = student_config.get_text_config()
+        config = student.config.get_text_config(decoder=True)
         depth, sparse = len(decoder_layers(teacher)), moe_layers(teacher)
         layers = self.teacher_layers
         if isinstance(layers, int):
@@ -153,23 +147,22 @@ class Routing(nn.Module):
         check_layers("model.routing.teacher_layers", layers, depth)
         chosen = self.student_layers
         if chosen is None:
-            chosen = [same_depth(layer, depth, student.num_hidden_layers) for layer in layers]
-        check_layers("model.routing.student_layers", chosen, student.num_hidden_layers)
+            chosen = [same_depth(layer, depth, config.num_hidden_layers) for layer in layers]
+        check_layers("model.routing.student_layers", chosen, config.num_hidden_layers)
         if len(chosen) != len(layers):
             raise UserError(
                 f"model.routing.student_layers: {chosen} are not one for each of teacher_layers {layers}; match them"
             )
         self._views = find_views(teacher, layers, self.num_experts, self.native_top_k)
         self.student_layer_indices = chosen
-        self.num_experts_, self.native_k = self._views[0].num_experts, self._views[0].native_k
+        self.teacher_needs = Needs(recorders=tuple(self._views))
+        self.student_needs = Needs(hidden=frozenset(chosen))
+        num_experts, self.native_k = self._views[0].num_experts, self._views[0].native_k
+        self.routed_experts = num_experts
         if FEATURE in self.components:
-            self.projections = nn.ModuleList(nn.Linear(student.hidden_size, view.width) for view in self._views)
+            self.projections = nn.ModuleList(nn.Linear(config.hidden_size, view.width) for view in self._views)
         if IMPORTANCE in self.components or BALANCE in self.components:
-            self.probes = nn.ModuleList(nn.Linear(student.hidden_size, self.num_experts_) for _ in self._views)
-
-    def record(self) -> Recording:
-        """Around the teacher's forward pass: keeps what the chosen blocks did with the batch."""
-        return Recording(self._views)
+            self.probes = nn.ModuleList(nn.Linear(config.hidden_size, num_experts) for _ in self._views)
 
     def trained_by(self, component: str) -> Iterator[nn.Parameter]:
         """The projections or probes that a component sends gradient to."""
@@ -186,24 +179,48 @@ class Routing(nn.Module):
             "native_top_k": self.native_k,
             "teacher_layers": [view.layer for view in self._views],
             "student_layers": self.student_layer_indices,
-            "num_experts": self.num_experts_,
+            "num_experts": self.routed_experts or 0,
         }
+
+    def figures(self, state: CurriculumState) -> dict[str, float]:
+        """The number of experts that tokens are routed to now."""
+        return {"curriculum/top_k_experts": float(state.top_k_experts or self.native_k)}
+
+    def reads(self, name: str) -> str:
+        """Layers, and experts but where only the student's probe is looked at."""
+        layers = [view.layer for view in self._views] or self.teacher_layers
+        teacher = f"{layers} teacher layers" if isinstance(layers, int) else f"teacher layers {layers}"
+        experts = f"{self.routed_experts} experts" if self.routed_experts else "experts"
+        student = f"student layers {self.student_layer_indices or 'at the same depths'}"
+        return student if name == BALANCE else f"{experts} of {teacher}, {student}"
+
+    def heads(self, name: str) -> str:
+        """Projections or gate probes."""
+        return "projections" if name == FEATURE else "gate probes"
+
+    def measure(
+        self, names: Collection[str], student: Trace, teacher: Trace, batch: Batch, state: CurriculumState
+    ) -> Measured:
+        """The losses of `names`, at the number of experts that the curriculum says; statistics as `routing/NAME`."""
+        states_BLD = [student.hidden[layer] for layer in self.student_layer_indices]
+        found = self(names, states_BLD, teacher.records, batch.student, state.top_k_experts)
+        return Measured(found.sums, {f"routing/{name}": value for name, value in found.stats.items()})
 
     def forward(
         self,
         names: Collection[str],
         student_states_BLD: list[Tensor],
-        record: Recording,
-        batch: dict[str, Any],
+        records: Mapping[int, Capture],
+        tokens: Tokens,
         top_k_experts: int | None = None,
-    ) -> RoutingOutput:
+    ) -> Measured:
         """The requested components of one micro-batch.
 
         Args:
             names: components.
             student_states_BLD: outputs of the student's `student_layer_indices`.
-            record: of `record()` around the teacher's forward pass over the same batch.
-            batch: with position_ids and attention_mask [B, L] and positions [N].
+            records: what the teacher's blocks did with the same tokens, by layer.
+            tokens: of the batch.
             top_k_experts: experts per token, None for the native k.
 
         Raises:
@@ -212,13 +229,13 @@ class Routing(nn.Module):
         assert self._views, "build() comes first"
         assert len(student_states_BLD) == len(self._views)
         wanted = [component for component in self.components if component in names]
-        k, positions_N = self._experts_per_token(top_k_experts), batch["positions"]
+        k, positions_N = self._experts_per_token(top_k_experts), tokens.positions
         sums = {component: full_precision(student_states_BLD[0]).new_zeros(()) for component in wanted}
         stats: list[dict[str, Tensor]] = []
         probe_logits = []
         for i, (view, states_BLD) in enumerate(zip(self._views, student_states_BLD, strict=True)):
             states_BLD = normalise(states_BLD)
-            states_ND = valid_rows(states_BLD, batch)
+            states_ND = tokens.valid(states_BLD)
             if IMPORTANCE in wanted or BALANCE in wanted:
                 probe_logits.append(full_precision(apply(self.probes[i], states_ND)))
             if set(wanted) <= {BALANCE}:  # nothing else reads the teacher's experts
@@ -235,7 +252,7 @@ class Routing(nn.Module):
             mixture = ALIGNMENT in wanted or FEATURE in wanted
             project = FEATURE in wanted or (mixture and self.tau < math.inf)
             projected_RD = apply(self.projections[i], states_RD) if project else None
-            routed = self._route(view, record.layers[view.layer], rows_R, valid_N, projected_RD, k, mixture)
+            routed = self._route(view, records[view.layer], rows_R, valid_N, projected_RD, k, mixture)
             gates_NE = routed.gates_NE.index_select(0, valid_N)
             stats.append(usage_stats(routed, gates_NE, valid_N))
             if FEATURE in wanted:
@@ -252,12 +269,12 @@ class Routing(nn.Module):
             if ALIGNMENT in wanted:
                 assert routed.mixture_ND is not None
                 mixture_BLD = normalise(routed.mixture_ND).view(*states_BLD.shape[:2], -1)
-                sums[ALIGNMENT] = sums[ALIGNMENT] + attention_alignment(states_BLD, mixture_BLD, batch)
+                sums[ALIGNMENT] = sums[ALIGNMENT] + attention_alignment(states_BLD, mixture_BLD, tokens)
         if BALANCE in wanted:  # over all ranks, so every rank comes here, with tokens or without
             balance = load_balance(torch.cat(probe_logits), self.native_k, len(self._views))
             sums[BALANCE] = balance * len(self._views)
         scale = {component: self.coefficients[component] / len(self._views) for component in wanted}
-        return RoutingOutput(
+        return Measured(
             {component: value * scale[component] for component, value in sums.items()},
             {name: torch.stack([layer[name] for layer in stats]).mean() for name in (stats[0] if stats else ())},
         )
@@ -297,9 +314,9 @@ class Routing(nn.Module):
     def _experts_per_token(self, top_k_experts: int | None) -> int:
         if top_k_experts is None:
             return self.native_k
-        if not 1 <= top_k_experts <= self.num_experts_:
+        if not 1 <= top_k_experts <= (self.routed_experts or 0):
             raise UserError(
-                f"curriculum.top_k_experts: {top_k_experts} is not within 1 to {self.num_experts_} experts; change it"
+                f"curriculum.top_k_experts: {top_k_experts} is not within 1 to {self.routed_experts} experts; change it"
             )
         if top_k_experts < self.native_k and not self._warned:
             self._warned = True

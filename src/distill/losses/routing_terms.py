@@ -6,12 +6,11 @@ divides by them. The price is that a bare value means nothing without its count.
 Shapes: B rows, L positions, N valid tokens, D width, E experts, K experts per token, S layers.
 """
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distill.batch import Tokens
 from distill.losses.relation_kl import relation_kl
 from distill.losses.states import normalise
 from distill.models.precision import full_precision
@@ -113,17 +112,12 @@ def student_aware_route(
     return Routed(gates_NE, torch.cat(indices), torch.cat(mixtures), torch.cat(gaps))
 
 
-def attention_alignment(states_BLD: Tensor, mixture_BLD: Tensor, batch: dict[str, Any]) -> Tensor:
+def attention_alignment(states_BLD: Tensor, mixture_BLD: Tensor, tokens: Tokens) -> Tensor:
     """Sum over queries of the relation KL between routed mixture and student states, both normalised, scalar, nats.
 
     Queries are the valid tokens that have a strictly earlier token in their document.
     """
-    starts_BL = batch["position_ids"] == 0
-    query_T = torch.zeros(starts_BL.numel(), dtype=torch.bool, device=starts_BL.device)
-    query_T.index_fill_(0, batch["positions"], True)
-    return relation_kl(
-        states_BLD, mixture_BLD, starts_BL.cumsum(-1), batch["attention_mask"].bool(), query_T.view_as(starts_BL)
-    )
+    return relation_kl(states_BLD, mixture_BLD, tokens.document_BL, tokens.real_BL, tokens.query_BL)
 
 
 def usage_stats(routed: Routed, gates_NE: Tensor, valid_N: Tensor) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ head. Each rank reads the whole models into host memory before it keeps its part
 own dtype, fp32 for the student.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
@@ -52,15 +53,19 @@ def check_strategy(strategy: Strategy) -> None:
         )
 
 
-def shard(module: Any, teacher: PreTrainedModel) -> None:
-    """Shards all of a DistillationModule whose models are built, and its teacher."""
-    mesh = module.trainer.strategy.device_mesh["data_parallel"]
+def shard(
+    strategy: ModelParallelStrategy,
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    auxiliaries: Iterable[nn.Module],
+) -> None:
+    """Shards both models, and what is trained beside the student."""
+    mesh = strategy.device_mesh["data_parallel"]
     shard_model(teacher, mesh)
-    shard_model(module.student, mesh)
-    for auxiliary in module.auxiliaries:
+    shard_model(student, mesh)
+    for auxiliary in auxiliaries:
         if any(True for _ in auxiliary.parameters()):
             fully_shard(auxiliary, mesh=mesh, reshard_after_forward=True)  # used through its forward, as one group
-    check_sharded(module)
 
 
 def shard_model(model: PreTrainedModel, mesh: DeviceMesh) -> None:

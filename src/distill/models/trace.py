@@ -10,16 +10,18 @@ Shapes: B rows, L positions, N valid positions, D width, H query heads, G key-va
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from distill.batch import Tokens
 from distill.errors import UserError
 
 
@@ -30,13 +32,26 @@ class Needs:
     Args:
         hidden: layers whose output is read; the last one's comes after the final norm.
         attention: layers whose queries, keys and values are read.
+        recorders: what else watches a layer during the pass, the experts of a teacher for example.
     """
 
     hidden: frozenset[int] = frozenset()
     attention: frozenset[int] = frozenset()
+    recorders: "tuple[Recorder, ...]" = ()
 
     def __or__(self, other: "Needs") -> "Needs":
-        return Needs(self.hidden | other.hidden, self.attention | other.attention)
+        return Needs(self.hidden | other.hidden, self.attention | other.attention, self.recorders + other.recorders)
+
+
+class Recorder(Protocol):
+    """Watches one layer for the length of a forward pass."""
+
+    @property
+    def layer(self) -> int:
+        """Index of the layer, under which its record is found."""
+
+    def hooks(self, record: dict[str, Tensor]) -> list[RemovableHandle]:
+        """Hooks that fill the record; they are removed after the pass."""
 
 
 def merged(needs: Iterable[Needs]) -> Needs:
@@ -73,41 +88,44 @@ class Trace:
         last_BLD: last hidden state, after the final norm, before the head.
         hidden: layer -> its output [B, L, D].
         attention: layer -> its queries, keys and values.
+        records: layer -> what its recorder noted.
     """
 
     last_BLD: Tensor
     hidden: Mapping[int, Tensor]
     attention: Mapping[int, QKV]
+    records: Mapping[int, dict[str, Tensor]] = field(default_factory=dict)
 
 
-def decode(model: PreTrainedModel, batch: Mapping[str, Any], **kwargs: Any) -> Any:
+def decode(model: PreTrainedModel, tokens: Tokens, **kwargs: Any) -> Any:
     """The decoder's output without the head, documents of packed rows hidden from each other by their position ids.
 
     Rows that hold one document need neither a mask nor positions: attention is causal and padding is on the right.
     """
-    if batch["packed"]:
-        kwargs["position_ids"] = batch["position_ids"]
-    return model.get_decoder()(input_ids=batch["input_ids"], use_cache=False, **kwargs)
+    if tokens.packed:
+        kwargs["position_ids"] = tokens.position_ids
+    return model.get_decoder()(input_ids=tokens.input_ids, use_cache=False, **kwargs)
 
 
-def valid_rows(states_BLD: Tensor, batch: Mapping[str, Any]) -> Tensor:
-    """States at the valid positions, (B, L, D) -> (N, D)."""
-    return states_BLD.flatten(0, 1).index_select(0, batch["positions"])
-
-
-def valid_labels(batch: Mapping[str, Any]) -> Tensor:
-    """Next-token ids of the valid positions, (N)."""
-    labels_N: Tensor = batch["labels"].flatten().index_select(0, batch["positions"] + 1)
-    return labels_N
-
-
-def trace(model: PreTrainedModel, batch: Mapping[str, Any], needs: Needs = Needs()) -> Trace:
+def trace(model: PreTrainedModel, tokens: Tokens, needs: Needs = Needs()) -> Trace:
     """`decode`, keeping what the losses need and nothing else."""
     options = {"output_hidden_states": sorted(layer + 1 for layer in needs.hidden)} if needs.hidden else {}
-    with _reading_attention(model, needs.attention) as attention:
-        output = decode(model, batch, **options)
+    with _reading_attention(model, needs.attention) as attention, recording(needs.recorders) as records:
+        output = decode(model, tokens, **options)
     hidden = {layer: output.hidden_states[layer + 1] for layer in needs.hidden}  # 0 is the embedding
-    return Trace(output.last_hidden_state, hidden, attention)
+    return Trace(output.last_hidden_state, hidden, attention, records)
+
+
+@contextmanager
+def recording(recorders: Iterable[Recorder]) -> Iterator[dict[int, dict[str, Tensor]]]:
+    """What the recorders note in the forward pass inside the block, by layer; their hooks exist only there."""
+    records: dict[int, dict[str, Tensor]] = {recorder.layer: {} for recorder in recorders}
+    handles = [handle for recorder in recorders for handle in recorder.hooks(records[recorder.layer])]
+    try:
+        yield records
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -121,7 +139,7 @@ def _reading_attention(model: PreTrainedModel, layers: frozenset[int]) -> Iterat
     original = ALL_ATTENTION_FUNCTIONS[name]
 
     def reading(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> Any:
         if (layer := getattr(module, "layer_idx", None)) in layers:
             mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4 else None
@@ -153,9 +171,10 @@ def try_attention(model: PreTrainedModel, layer: int, key: str) -> QKV:
     Raises:
         UserError: the layer's attention cannot be read.
     """
-    batch = {"input_ids": torch.arange(4, device=model.device)[None], "packed": False}
+    ids_1L = torch.arange(4, device=model.device)[None]
+    tokens = Tokens(ids_1L, ids_1L, torch.ones_like(ids_1L), ids_1L, ids_1L[0, :-1], packed=False)
     training = model.training
-    attention = trace(model.eval(), batch, Needs(attention=frozenset([layer]))).attention
+    attention = trace(model.eval(), tokens, Needs(attention=frozenset([layer]))).attention
     model.train(training)
     if layer not in attention:
         used = model.get_decoder().config._attn_implementation

@@ -7,25 +7,27 @@ Reads: both models, tokenizer and validation rows. Writes: what is suspicious, i
 knows of it.
 """
 
-from typing import Any, final
+from typing import final
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from distill.preflight.quick import quick_findings
 from distill.training.callbacks.text import run_directory, write
+from distill.training.module import distilled
 
 
 @final
 class Preflight(Callback):
     """Prints one line about the run before its first step, and one for each thing that looks wrong."""
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        module = distilled(pl_module)
         if trainer.ckpt_path is not None:  # it was looked at when the run began
             return
-        if pl_module.teacher is not None:
-            pl_module.teacher.to(pl_module.device)
-        findings, line = quick_findings(trainer, pl_module, getattr(trainer, "datamodule", None))
+        if module.teacher is not None:
+            module.teacher.to(module.device)
+        findings, line = quick_findings(trainer, module, getattr(trainer, "datamodule", None))
         directory = run_directory(trainer)
         if trainer.is_global_zero:
             print(line, flush=True)

@@ -17,8 +17,12 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
+from transformers import PreTrainedModel
 
 from distill import sources
+from distill.batch import Batch
+from distill.data.datamodule import DistillationDataModule
+from distill.data.order.loader import ResumableLoader
 from distill.errors import UserError
 from distill.losses.engine.metrics import DistillationMetrics
 from distill.preflight.checks import (
@@ -47,6 +51,7 @@ from distill.preflight.tables import (
 )
 from distill.training.callbacks.curriculum import Curriculum
 from distill.training.horizon import check_validation_interval, horizon_of
+from distill.training.module import DistillationModule
 from distill.training.objective import Losses
 
 VALIDATED_ROWS = 8  # of an accelerator; a CPU's only row is the one that is timed
@@ -60,17 +65,17 @@ class Check:
     """The parts of a run under scrutiny, and what was found suspicious about them."""
 
     trainer: L.Trainer
-    module: Any
-    datamodule: Any
+    module: DistillationModule
+    datamodule: DistillationDataModule
     plan: Plan
     console: Console
     findings: list[str] = field(default_factory=list)
     raw: dict[str, float] = field(default_factory=dict)
 
     @property
-    def teacher(self) -> Any:
+    def teacher(self) -> PreTrainedModel | None:
         """The loaded teacher's model, None where there is none here."""
-        return getattr(self.module.teacher, "model", None)
+        return self.module.teacher.model if self.module.teacher is not None else None
 
     @property
     def curriculum(self) -> Curriculum:
@@ -79,13 +84,13 @@ class Check:
         return found[0] if found else Curriculum()
 
 
-def check(trainer: L.Trainer, module: Any, datamodule: Any, plan: Plan) -> list[str]:
+def check(trainer: L.Trainer, module: DistillationModule, datamodule: DistillationDataModule, plan: Plan) -> list[str]:
     """Shows what a run would do on stdout, and judges it.
 
     Args:
         trainer: on one device.
-        module: a DistillationModule.
-        datamodule: a DistillationDataModule.
+        module: its models need not be built.
+        datamodule: not set up.
         plan: the devices it is meant for.
 
     Returns:
@@ -96,13 +101,13 @@ def check(trainer: L.Trainer, module: Any, datamodule: Any, plan: Plan) -> list[
     """
     console = Console(width=None if Console().is_terminal else 120, highlight=False)
     this = Check(trainer, module, datamodule, plan, console)
-    if plan.weights and (missing := _without_weights(module.teacher_source)) is not None:
+    if plan.weights and (missing := _without_weights(module.options.teacher)) is not None:
         console.print(f"{missing} holds no weights: shown is what a configuration alone can tell.")
         plan.weights = False
     horizon = _attach(this)
     precision, device = str(trainer.precision), "cuda" if plan.accelerated else "cpu"
     this.findings += precision_findings(precision, device)
-    teacher, student = skeletons(module, precision, device)
+    teacher, student = skeletons(module.options, precision, device)
     _vocabularies(this, teacher.config, student.config)
     rows = getattr(datamodule, "validation_rows", None)
     seconds = None
@@ -146,6 +151,7 @@ def _attach(this: Check) -> int:
         return max(1, trainer.max_steps)
     if this.plan.weights:
         module.configure_model()
+        assert module.teacher is not None
         module.teacher.to(trainer.strategy.root_device)
     module.to(trainer.strategy.root_device)
     this.curriculum.setup(trainer, module, "fit")
@@ -154,7 +160,7 @@ def _attach(this: Check) -> int:
     horizon = _horizon(this)
     if this.plan.weights:
         this.curriculum.on_fit_start(trainer, module)
-    this.findings += schedule_findings(module.warmup_steps, horizon, module.learning_rate)
+    this.findings += schedule_findings(module.options.warmup_steps, horizon, module.options.learning_rate)
     if trainer.limit_val_batches:
         this.findings += held_out_findings(datamodule)
         if datamodule.train_rows is not None and trainer.check_val_every_n_epoch is not None:
@@ -165,7 +171,9 @@ def _attach(this: Check) -> int:
 def _epoch_batches(this: Check) -> int:
     """Micro-batches of an epoch on each of the planned devices."""
     data, limit = this.datamodule, this.trainer.limit_train_batches
-    batches = math.ceil(data.train_dataloader().steps.rows / (data.per_device_batch_size * this.plan.devices))
+    loader = data.train_dataloader()
+    assert isinstance(loader, ResumableLoader)
+    batches = math.ceil(loader.steps.rows / (data.per_device_batch_size * this.plan.devices))
     return min(limit, batches) if isinstance(limit, int) else int(batches * limit)
 
 
@@ -200,6 +208,7 @@ def _vocabularies(this: Check, teacher: Any, student: Any) -> None:
 
 
 def _example(this: Check, vocab_size: int) -> None:
+    assert this.datamodule.validation_rows is not None
     batch = next(single_rows(this.datamodule.validation_rows))
     this.findings += batch_findings(batch, vocab_size)
     show(this.console, alignment_table(alignment_rows(batch, this.datamodule.tokenizer)))
@@ -207,7 +216,9 @@ def _example(this: Check, vocab_size: int) -> None:
 
 def _measure(this: Check) -> float:
     """What the models make of a few validation rows; returns seconds of forward and backward for one row."""
-    module, metrics = this.module, DistillationMetrics().to(this.module.device)
+    module, metrics, teacher = this.module, DistillationMetrics().to(this.module.device), this.teacher
+    assert teacher is not None
+    assert this.datamodule.validation_rows is not None
     rows = (move_data_to_device(row, module.device) for row in single_rows(this.datamodule.validation_rows))
     batches = [next(rows)]
     module.curriculum = this.curriculum.state_at(1, 1)  # with every component that the run will have
@@ -215,7 +226,7 @@ def _measure(this: Check) -> float:
         seconds, result = _timed_row(module, batches[0])
         validated = [result]
         fast = module.device.type != "cpu" or seconds < FAST_S
-        if fast or module.torch_compile:  # what is done once and for all was in that time too
+        if fast or module.options.torch_compile:  # what is done once and for all was in that time too
             seconds, _ = _timed_row(module, batches[0], metrics=False)
         if module.device.type != "cpu":
             batches += islice(rows, VALIDATED_ROWS - 1)
@@ -223,15 +234,15 @@ def _measure(this: Check) -> float:
             validated += [module.losses(row, share=1.0, metrics=True, components=[]) for row in batches[1:]]
     for losses, batch in zip(validated, batches, strict=True):
         assert losses.token_stats is not None
-        metrics.update(losses.token_stats, batch["bytes"])
+        metrics.update(losses.token_stats, batch.bytes)
     this.raw = {name: float(value) for name, value in result.breakdown.raw.items()}
     for name, value in this.raw.items():
         if not math.isfinite(value):
             this.findings.append(f"{name}: {value} on the first validation row")
     figures = {name: float(value) for name, value in metrics.compute().items()}
-    unigram = counting_nll(this.datamodule, batches, head_size(this.teacher))
+    unigram = counting_nll(this.datamodule, batches, head_size(teacher))
     if "teacher_nll" in figures:
-        this.findings += teacher_findings(figures["teacher_nll"], unigram, head_size(this.teacher))
+        this.findings += teacher_findings(figures["teacher_nll"], unigram, head_size(teacher))
     title = f"{len(batches)} validation row{'s' * (len(batches) > 1)} before training"
     table = titled(title, "", "teacher", "student", "counting tokens")
     for name, key, counting in (("perplexity", "perplexity", math.exp(unigram)), ("nats per token", "nll", unigram)):
@@ -241,7 +252,7 @@ def _measure(this: Check) -> float:
     return seconds
 
 
-def _timed_row(module: Any, batch: dict[str, Any], metrics: bool = True) -> tuple[float, Losses]:
+def _timed_row(module: DistillationModule, batch: Batch, metrics: bool = True) -> tuple[float, Losses]:
     """Seconds of forward and backward of a row with all components, and what it yielded."""
     start = time.perf_counter()
     result = module.losses(batch, share=1.0, metrics=metrics)
@@ -256,7 +267,7 @@ def _timed_row(module: Any, batch: dict[str, Any], metrics: bool = True) -> tupl
 def _memory(this: Check, teacher: Any, student: Any) -> None:
     """Estimates for the strategies that the devices allow, against what a device has."""
     plan, module = this.plan, this.module
-    shape = shape_of(module, this.datamodule, str(this.trainer.precision), not plan.accelerated)
+    shape = shape_of(module.options, this.datamodule, str(this.trainer.precision), not plan.accelerated)
     extra = sum(p.numel() for name, p in module.named_parameters() if not name.startswith("student."))
 
     def estimate(devices: int, sharded: bool) -> MemoryEstimate:
@@ -283,7 +294,7 @@ def _time(this: Check, teacher: Any, student: Any, row_s: float | None, horizon:
     data, module, plan = this.datamodule, this.module, this.plan
     rows = data.per_device_batch_size * this.trainer.accumulate_grad_batches
     tokens = rows * data.sequence_length
-    passes = 4 if module.gradient_checkpointing else 3  # forward, and twice that backward
+    passes = 4 if module.options.gradient_checkpointing else 3  # forward, and twice that backward
     flops = forward_flops(teacher, tokens, data.sequence_length)
     flops += passes * forward_flops(student, tokens, data.sequence_length)
     text = f"Time: {tokens:,} tokens and {flops / 1e12:,.2f} x 10^12 operations a step and device, "

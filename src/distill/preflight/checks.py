@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distill.batch import IGNORE, Batch
 from distill.curriculum import Schedule, value_at
-from distill.data.documents.tokens import IGNORE
+from distill.data.datamodule import DistillationDataModule
 from distill.models.precision import product_dtype
 
 FEW_ROWS = 8  # fewer to validate on by a fraction were hardly meant
@@ -46,7 +47,7 @@ class Vocabulary:
         return [] if value is None else list(value) if isinstance(value, list | tuple) else [int(value)]
 
 
-def special_ids(owner: Any) -> dict[str, Any]:
+def special_ids(owner: object) -> dict[str, Any]:
     """The special ids that a tokenizer or a configuration names."""
     return {key: getattr(owner, key, None) for key in SPECIAL}
 
@@ -73,15 +74,16 @@ def vocabulary_findings(tokenizer: Vocabulary, models: Sequence[Vocabulary]) -> 
     return found
 
 
-def batch_findings(batch: Mapping[str, Any], vocab_size: int) -> list[str]:
+def batch_findings(batch: Batch, vocab_size: int) -> list[str]:
     """Whether labels, masks and positions of a batch say what the losses take them to say.
 
     Args:
-        batch: what the datamodule's collate returns, on any device.
+        batch: what the datamodule's loader yields, on any device.
         vocab_size: ids of the smaller head.
     """
-    ids_BL, labels_BL, mask_BL = (batch[name].cpu() for name in ("input_ids", "labels", "attention_mask"))
-    starts_BL = (batch["position_ids"].cpu() == 0) & (mask_BL == 1)
+    tokens = batch.student.to("cpu")
+    ids_BL, labels_BL, mask_BL = tokens.input_ids, tokens.labels, tokens.attention_mask
+    starts_BL = (tokens.position_ids == 0) & (mask_BL == 1)
     target_BL = labels_BL != IGNORE
     found = []
     if bool((labels_BL[target_BL] != ids_BL[target_BL]).any()):
@@ -94,7 +96,7 @@ def batch_findings(batch: Mapping[str, Any], vocab_size: int) -> list[str]:
         found.append("labels: padding has labels")
     valid = (target_BL[:, 1:]).nonzero()
     expected = (valid[:, 0] * ids_BL.shape[1] + valid[:, 1]).tolist()
-    if batch["positions"].cpu().tolist() != expected:
+    if tokens.positions.tolist() != expected:
         found.append("positions: they are not those whose next token has a label")
     if not expected:
         found.append("labels: no position has one, nothing would be learnt from this batch")
@@ -104,17 +106,19 @@ def batch_findings(batch: Mapping[str, Any], vocab_size: int) -> list[str]:
     return found
 
 
-def alignment_rows(batch: Mapping[str, Any], tokenizer: Any, limit: int = 12) -> list[tuple[str, ...]]:
+def alignment_rows(batch: Batch, tokenizer: Any, limit: int = 12) -> list[tuple[str, ...]]:
     """The first row of a batch, token by token: how it begins, where targets first begin and end, and documents.
 
     Returns:
         Rows of position, token, token to predict (empty = none), whether it counts, document and place within it; one
         of dots where positions are left out.
     """
+    tokens = batch.student
     ids_L, labels_L, mask_L, places_L = (
-        batch[name][0].tolist() for name in ("input_ids", "labels", "attention_mask", "position_ids")
+        states_BL[0].tolist()
+        for states_BL in (tokens.input_ids, tokens.labels, tokens.attention_mask, tokens.position_ids)
     )
-    valid = {int(position) for position in batch["positions"].tolist() if position < len(ids_L)}
+    valid = {int(position) for position in tokens.positions.tolist() if position < len(ids_L)}
     document_L = np.cumsum([place == 0 for place in places_L]).tolist()
     later = range(1, len(ids_L))
     begins = next((t for t in later if t in valid and t - 1 not in valid), None)
@@ -206,8 +210,9 @@ def precision_findings(precision: str, device: str) -> list[str]:
     ]
 
 
-def held_out_findings(datamodule: Any) -> list[str]:
+def held_out_findings(datamodule: DistillationDataModule) -> list[str]:
     """Whether a fraction has left enough rows to validate on, where nobody asked for fewer."""
+    assert datamodule.validation_rows is not None
     share, rows, most = (
         datamodule.validation_split,
         len(datamodule.validation_rows),

@@ -12,11 +12,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from transformers import PreTrainedModel
 
+from distill.data.datamodule import DistillationDataModule
 from distill.models import load
 from distill.models.cut import cut_layers
 from distill.models.precision import student_dtype, teacher_dtype
 from distill.preflight.live_bytes import Shape, skeleton
+from distill.training.options import ModelOptions
 
 GIB = 2**30
 
@@ -63,22 +66,22 @@ class Plan:
         }
 
 
-def head_size(model: Any) -> int:
+def head_size(model: PreTrainedModel) -> int:
     """Ids of a model's head."""
     return int(model.get_output_embeddings().weight.shape[0])
 
 
-def skeletons(module: Any, precision: str, device: str) -> tuple[Any, Any]:
-    """Teacher and student of a DistillationModule without memory, in the dtypes that a run gives them.
+def skeletons(options: ModelOptions, precision: str, device: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Teacher and student without memory, in the dtypes that a run gives them.
 
     Args:
-        module: its models need not be built.
+        options: of the run.
         precision: of the trainer.
         device: cpu, cuda, ...
     """
-    sources, remote = module.student_sources, module.load_options["trust_remote_code"]
-    learns, frozen = student_dtype(precision), teacher_dtype(module.teacher_dtype, precision, device)
-    config = load.load_config(module.teacher_source, trust_remote_code=remote)
+    sources, remote = options.student_sources, options.trust_remote_code
+    learns, frozen = student_dtype(precision), teacher_dtype(options.teacher_dtype, precision, device)
+    config = load.load_config(options.teacher, trust_remote_code=remote)
     teacher = skeleton(config, frozen, remote)
     if sources["student_layers"] is not None:
         student = cut_layers(skeleton(config, learns, remote), sources["student_layers"])
@@ -87,21 +90,21 @@ def skeletons(module: Any, precision: str, device: str) -> tuple[Any, Any]:
         vocab_size = None if sources["student_config"] is None else head_size(teacher)
         config = load.load_config(source, vocab_size=vocab_size, trust_remote_code=remote, key="model.student")
         student = skeleton(config, learns, remote)
-    if module.lora is not None:
-        module.lora.add_to(student)
+    if options.lora is not None:
+        options.lora.add_to(student)
     return teacher, student
 
 
-def shape_of(module: Any, datamodule: Any, precision: str, on_cpu: bool) -> Shape:
+def shape_of(options: ModelOptions, data: DistillationDataModule, precision: str, on_cpu: bool) -> Shape:
     """What a device sees at a time."""
     return Shape(
-        datamodule.per_device_batch_size,
-        datamodule.sequence_length,
+        data.per_device_batch_size,
+        data.sequence_length,
         autocast={"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision),
         on_cpu=on_cpu,
-        chunk_size=module.chunk_size,
-        packed=datamodule.packing,
-        checkpointing=module.gradient_checkpointing,
+        chunk_size=options.chunk_size,
+        packed=data.packing,
+        checkpointing=options.gradient_checkpointing,
     )
 
 

@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import lightning as L
 import torch
 from lightning.fabric.utilities import move_data_to_device
 
+from distill.batch import Batch
+from distill.curriculum import CurriculumState
+from distill.data.datamodule import DistillationDataModule
 from distill.data.order.sampler import EveryRowOnce
+from distill.data.rows.table import PackedRows
 from distill.losses.engine.loss import distillation_loss
-from distill.models.head import lm_head_of
-from distill.models.trace import valid_labels, valid_rows
+from distill.models.trace import Needs
 from distill.preflight.checks import (
     Vocabulary,
     batch_findings,
@@ -22,19 +24,26 @@ from distill.preflight.checks import (
     unigram_nll,
     vocabulary_findings,
 )
+from distill.preflight.plan import head_size
+from distill.teachers.source import TargetSource
+from distill.training.module import DistillationModule
 
 COUNTED_ROWS = 256  # of the training rows, whose tokens are counted for the unigram
 
 
-def quick_findings(trainer: L.Trainer, module: Any, datamodule: Any) -> tuple[list[str], str]:
-    """The judgement of `check` in its short form, with what a fit has loaded: one row per rank through the teacher.
+def quick_findings(
+    trainer: L.Trainer, module: DistillationModule, datamodule: L.LightningDataModule | None
+) -> tuple[list[str], str]:
+    """The same judgement in its short form, with what a fit has loaded: one row per rank through the teacher alone.
 
     Returns:
         Findings, and one line that sums the run up.
     """
-    teacher, student = getattr(module.teacher, "model", None), module.student
-    tokenizer, rows = getattr(datamodule, "tokenizer", None), getattr(datamodule, "validation_rows", None)
-    sizes = [m.get_output_embeddings().weight.shape[0] for m in (teacher, student) if m is not None]
+    teacher, student = module.teacher.model if module.teacher is not None else None, module.student
+    ours = datamodule if isinstance(datamodule, DistillationDataModule) else None
+    tokenizer, rows = (ours.tokenizer, ours.validation_rows) if ours is not None else (None, None)
+    models = {name: model for name, model in (("teacher", teacher), ("student", student)) if model is not None}
+    sizes = [head_size(model) for model in models.values()]
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     line = f"Check: {counted(trained)} parameters learn"
     if teacher is not None:
@@ -42,19 +51,19 @@ def quick_findings(trainer: L.Trainer, module: Any, datamodule: Any) -> tuple[li
     device = trainer.strategy.root_device.type
     findings = precision_findings(str(trainer.precision), device)
     if tokenizer is not None:
-        named = [("teacher", teacher), ("student", student)]
         sides = [
             Vocabulary(name, size, special_ids(model.config))
-            for (name, model), size in zip([pair for pair in named if pair[1] is not None], sizes, strict=True)
+            for (name, model), size in zip(models.items(), sizes, strict=True)
         ]
         findings += vocabulary_findings(Vocabulary("tokenizer", len(tokenizer), special_ids(tokenizer)), sides)
-    if rows is not None and len(rows):
-        findings += held_out_findings(datamodule) if trainer.limit_val_batches else []
+    if ours is not None and rows is not None and len(rows):
+        findings += held_out_findings(ours) if trainer.limit_val_batches else []
         batch = move_data_to_device(next(single_rows(rows)), module.device)
         findings += batch_findings(batch, min(sizes))
         if teacher is not None:
+            assert module.teacher is not None
             nll = teacher_nll(module.teacher, batch)
-            findings += teacher_findings(nll, counting_nll(datamodule, [batch], sizes[0]), sizes[0])
+            findings += teacher_findings(nll, counting_nll(ours, [batch], sizes[0]), sizes[0])
             line += f", whose perplexity on the first validation row is {math.exp(min(nll, 700)):,.1f}"
     return findings, f"{line}, on {trainer.world_size} x {device}."
 
@@ -65,23 +74,25 @@ def counted(number: int) -> str:
 
 
 @torch.no_grad()
-def teacher_nll(teacher: Any, batch: dict[str, Any]) -> float:
-    """Nats per token of a batch under an online teacher, without a logits tensor."""
-    hidden_ND, labels_N = valid_rows(teacher.hidden(batch), batch), valid_labels(batch)
-    engine = distillation_loss(hidden_ND, lm_head_of(teacher.model), labels_N, None, lm_weight=0.0)
+def teacher_nll(teacher: TargetSource, batch: Batch) -> float:
+    """Nats per token of a batch under a teacher that has its whole distribution, without a logits tensor."""
+    whole = teacher(batch, Needs(), CurriculumState(0, 0.0, {}, 1.0, None), kd=False).whole
+    assert whole is not None
+    engine = distillation_loss(whole.hidden_ND, whole.head, batch.teacher.labels_N, None, lm_weight=0.0)
     assert engine.lm_sum is not None
-    return float(engine.lm_sum) / max(1, len(labels_N))
+    return float(engine.lm_sum) / max(1, len(batch.teacher.labels_N))
 
 
-def single_rows(rows: Any) -> Iterator[dict[str, Any]]:
-    """Rows of a `PackedRows` one by one, as batches."""
+def single_rows(rows: PackedRows) -> Iterator[Batch]:
+    """Rows one by one, as batches."""
     return (rows.__getitems__(micro_batch) for micro_batch in EveryRowOnce(rows.units_R, 1))
 
 
-def counting_nll(datamodule: Any, batches: list[dict[str, Any]], vocab_size: int) -> float:
-    """Nats per token when each is predicted by its count in training rows, or in validation rows of a stream."""
+def counting_nll(datamodule: DistillationDataModule, batches: list[Batch], vocab_size: int) -> float:
+    """Nats per token of a word count of training rows, or of later validation rows of a stream."""
     rows = datamodule.train_rows if datamodule.train_rows is not None else datamodule.validation_rows
+    assert rows is not None
     step = max(1, len(rows) // COUNTED_ROWS)
     counted = [torch.as_tensor(rows[index]["input_ids"]) for index in range(0, len(rows), step)]
-    labels = [valid_labels(batch).cpu() for batch in batches]
+    labels = [batch.student.labels_N.cpu() for batch in batches]
     return unigram_nll(torch.cat(counted).long(), torch.cat(labels), vocab_size)

@@ -13,14 +13,12 @@ from distill.curriculum import WEIGHT_KEY, value_at
 from distill.preflight.checks import SPECIAL, Vocabulary, knots_of, sparkline
 from distill.preflight.memory import MemoryEstimate
 from distill.training.callbacks.curriculum import Curriculum
+from distill.training.module import DistillationModule
 
 GIB, MIB = 2**30, 2**20
 READS = {
     "kd_loss": "last hidden states of both models",
     "lm_loss": "labels",
-    "attention_loss": "queries, keys, values",
-    "layerwise_loss": "hidden states",
-    "contrastive_loss": "hidden states, queue of the teacher's",
 }
 MEMORY = (
     ("student and projections", "weights"),
@@ -93,7 +91,7 @@ def curriculum_table(curriculum: Curriculum, components: Sequence[str], horizon:
     return table
 
 
-def components_table(module: Any, curriculum: Curriculum, raw: Mapping[str, float]) -> Table:
+def components_table(module: DistillationModule, curriculum: Curriculum, raw: Mapping[str, float]) -> Table:
     """What each component weighs, reads, and measures on the first row."""
     table = titled("Components", "component", "weight", "raw now", "reads", "trains beside the student")
     for index in (3, 4):
@@ -107,24 +105,13 @@ def components_table(module: Any, curriculum: Curriculum, raw: Mapping[str, floa
     return table
 
 
-def needs_of(module: Any, component: str) -> tuple[str, str]:
-    """In words: what a component reads of both models, and what it trains beside the student."""
-    if not component.startswith("routing_"):
-        loss = {"layerwise_loss": "layerwise", "contrastive_loss": "contrastive"}.get(component)
-        auxiliary = getattr(module, loss, None) if loss is not None else None
-        count = sum(p.numel() for p in auxiliary.parameters()) if auxiliary is not None else 0
-        return READS[component], f"projections, {count:,}" if count else ""
-    routing = module.routing
-    settings = routing.settings()
-    layers = settings["teacher_layers"] or routing.teacher_layers
-    teacher = f"{layers} teacher layers" if isinstance(layers, int) else f"teacher layers {layers}"
-    experts = f"{settings['num_experts']} experts" if settings["num_experts"] else "experts"
-    reads = f"student layers {settings['student_layers'] or 'at the same depths'}"
-    if component != "routing_load_balancing_loss":
-        reads = f"{experts} of {teacher}, {reads}"
-    count = sum(parameter.numel() for parameter in routing.trained_by(component))
-    heads = "projections" if component == "routing_feature_matching_loss" else "gate probes"
-    return reads, f"{heads}, {count:,}" if count else ""
+def needs_of(module: DistillationModule, name: str) -> tuple[str, str]:
+    """In words: what a loss reads of both models, and what it trains beside the student."""
+    component = next((component for component in module.features if name in component.units), None)
+    if component is None:
+        return READS[name], ""
+    count = sum(parameter.numel() for parameter in component.trained_by(name))
+    return component.reads(name), f"{component.heads(name)}, {count:,}" if count else ""
 
 
 def memory_table(estimates: Mapping[str, MemoryEstimate], rows: int, length: int) -> Table:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from distill.models.precision import full_precision
@@ -74,7 +75,7 @@ class MoeView:
     width: int
     sigmoid: bool
 
-    def hooks(self, capture: Capture) -> list[Any]:
+    def hooks(self, capture: Capture) -> list[RemovableHandle]:
         """Handles of the hooks that fill `capture` during the teacher's forward pass."""
 
         def after_router(module: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
@@ -158,7 +159,7 @@ class DenseView:
     native_k: int
     width: int
 
-    def hooks(self, capture: Capture) -> list[Any]:
+    def hooks(self, capture: Capture) -> list[RemovableHandle]:
         """Handles of the hooks that fill `capture` during the teacher's forward pass."""
 
         def before_down(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -258,27 +259,3 @@ def call_router(router: nn.Module, input_ND: Tensor, k: int) -> tuple[Tensor, Te
     other.top_k = k
     logits_NE, weights_NK, index_NK = type(router).forward(other, input_ND)[:3]
     return logits_NE, weights_NK, index_NK
-
-
-class Recording:
-    """What the views' layers did in the teacher's forward passes inside `with recording:`.
-
-    Hooks exist only inside the block; a second pass inside it overwrites the first.
-
-    Args:
-        views: the layers to record.
-    """
-
-    def __init__(self, views: list[View]) -> None:
-        self.layers: dict[int, Capture] = {view.layer: {} for view in views}
-        self._views = views
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> "Recording":
-        self._handles = [handle for view in self._views for handle in view.hooks(self.layers[view.layer])]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []

@@ -1,21 +1,23 @@
 """A live teacher, frozen for good and kept out of the module registry: no optimizer, wrapper or checkpoint sees it.
 
-So its device and dtype are ours to set, once, when the strategy has placed the student.
+So nobody else sets its device and dtype: `to` does, once, when the strategy has placed the student.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, device, nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from distill.batch import Batch, Tokens
 from distill.curriculum import CurriculumState
 from distill.errors import UserError
 from distill.losses.engine.divergence import KDLoss
+from distill.models.head import lm_head_of
 from distill.models.trace import Needs, Trace, trace
 from distill.teachers.find_experts import set_experts_per_token
+from distill.teachers.source import Run, Taught
 from distill.teachers.targets import DenseTargets, Targets, sampled_targets, top_k_targets
 
 
@@ -37,21 +39,49 @@ class OnlineTeacher:
 
     def __init__(self, model: PreTrainedModel, top_k: int | Literal["native", "all"] = "native") -> None:
         set_experts_per_token(model, top_k)
-        self.model = model.requires_grad_(False).eval()
+        self.model: PreTrainedModel = model.requires_grad_(False).eval()
+        self.kd: KDLoss | None = None
+        self.student_vocab = 0
 
-    def to(self, device: device) -> None:
+    def open(self, run: Run) -> None:
+        """Takes note of how targets are to be thinned; a live teacher can serve anything."""
+        self.kd, self.student_vocab = run.kd, run.student_vocab
+
+    def to(self, device: torch.device) -> None:
         """Moves the model to the student's device."""
         nn.Module.to(self.model, device)
 
-    @torch.no_grad()
-    def trace(self, batch: Mapping[str, Any], needs: Needs = Needs()) -> Trace:  # noqa: B008  (frozen)
-        """What the forward pass of the batch leaves, detached."""
-        with torch.autocast(batch["input_ids"].device.type, enabled=False):
-            return trace(self.model, batch, needs)
+    def __call__(self, batch: Batch, needs: Needs, state: CurriculumState, kd: bool) -> Taught:
+        """One forward pass; see `TargetSource`."""
+        seen = self.trace(batch.teacher, needs)
+        whole = DenseTargets(batch.teacher.valid(seen.last_BLD), lm_head_of(self.model))
+        return Taught(seen, whole, self._thinned(whole, state, batch) if kd else None)
 
-    def hidden(self, batch: Mapping[str, Any]) -> Tensor:
-        """Last hidden state `[B, L, D]` of the batch, after the final norm, before the head."""
-        return self.trace(batch).last_BLD
+    @torch.no_grad()
+    def trace(self, tokens: Tokens, needs: Needs = Needs()) -> Trace:  # noqa: B008  (frozen)
+        """What the forward pass of the tokens leaves, detached."""
+        with torch.autocast(tokens.input_ids.device.type, enabled=False):
+            return trace(self.model, tokens, needs)
+
+    def hidden(self, tokens: Tokens) -> Tensor:
+        """Last hidden state `[B, L, D]` of the tokens, after the final norm, before the head."""
+        return self.trace(tokens).last_BLD
+
+    def _thinned(self, whole: DenseTargets, state: CurriculumState, batch: Batch) -> Targets:
+        """The part of the whole distribution that `kd_loss` learns from.
+
+        Draws depend on step and batch alone, not on the random state: so a resumed run repeats them, and a validation
+        between two steps changes nothing.
+        """
+        if self.kd is None or (self.kd.top_k is None and self.kd.samples is None):
+            return whole
+        shared = min(self.student_vocab, whole.head.vocab_size)
+        whole = replace(whole, head=whole.head.whole())
+        if self.kd.top_k is not None:
+            return top_k_targets(whole, self.kd.top_k, state.temperature, shared)
+        assert self.kd.samples is not None
+        generator = torch.Generator(whole.hidden_ND.device).manual_seed(state.step * 1_000_003 + batch.bytes)
+        return sampled_targets(whole, self.kd.samples, state.temperature, shared, generator)
 
 
 def quantize(model: PreTrainedModel) -> None:
@@ -69,24 +99,3 @@ def quantize(model: PreTrainedModel) -> None:
         ) from error
     head = model.get_output_embeddings()
     quantize_(model, Int8WeightOnlyConfig(), lambda module, name: isinstance(module, nn.Linear) and module is not head)
-
-
-def thinned(
-    targets: DenseTargets | None,
-    kd: KDLoss | None,
-    student_vocab: int,
-    state: CurriculumState,
-    batch: Mapping[str, Any],
-) -> Targets:
-    """The part of dense targets that `kd` learns from. Draws depend on step and batch alone, not on the random state:
-    so a resumed run repeats them, and a validation between two steps changes nothing.
-    """
-    assert targets is not None
-    assert kd is not None
-    shared = min(student_vocab, targets.head.vocab_size)
-    targets = replace(targets, head=targets.head.whole())
-    if kd.top_k is not None:
-        return top_k_targets(targets, kd.top_k, state.temperature, shared)
-    assert kd.samples is not None
-    generator = torch.Generator(targets.hidden_ND.device).manual_seed(state.step * 1_000_003 + batch["bytes"])
-    return sampled_targets(targets, kd.samples, state.temperature, shared, generator)

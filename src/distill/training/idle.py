@@ -11,9 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from distill.losses.contrastive import Contrastive
-from distill.losses.layerwise import Layerwise
-from distill.losses.routing import Routing
+from distill.losses.component import Component
 
 
 class IdleParameters:
@@ -21,20 +19,21 @@ class IdleParameters:
 
     Args:
         student: trained.
-        auxiliaries: projections and probes.
+        components: whose projections and probes are trained beside it.
     """
 
-    def __init__(self, student: nn.Module, auxiliaries: Iterable[Routing | Layerwise | Contrastive]) -> None:
-        self.student, self.auxiliaries = student, list(auxiliaries)
+    def __init__(self, student: nn.Module, components: Iterable[Component]) -> None:
+        self.student, self.components = student, list(components)
         self._of_student: dict[tuple[str, ...], list[nn.Parameter]] = {}
 
     def __call__(self, weights: dict[str, float], total: Tensor) -> list[nn.Parameter]:
         """The idle ones under these component weights; `total` is the loss that they gave."""
         active = tuple(name for name, weight in weights.items() if weight > 0)
         idle: list[nn.Parameter] = []
-        for module in self.auxiliaries:
-            used = {id(p) for name in active for p in module.trained_by(name)}
-            idle += [parameter for parameter in module.parameters() if id(parameter) not in used]
+        for component in self.components:
+            if isinstance(component, nn.Module):
+                used = {id(p) for name in active for p in component.trained_by(name)}
+                idle += [parameter for parameter in component.parameters() if id(parameter) not in used]
         if "kd_loss" in active or "lm_loss" in active:
             return idle
         if active not in self._of_student:

@@ -30,3 +30,19 @@ def validate_between_steps(trainer: L.Trainer) -> None:
         return count >= every and count % every <= loop.batch_idx % trainer.accumulate_grad_batches
 
     loop._should_check_val_fx = due_by_now
+
+
+def load_loader_states(trainer: L.Trainer) -> None:
+    """Hands the checkpoint's state to the loaders.
+
+    Asking for the horizon, as schedules must, makes the loaders before Lightning has restored their state.
+    """
+    trainer.fit_loop._load_combined_loader_states()
+
+
+def leave_batches_as_they_are(trainer: L.Trainer) -> None:
+    """Switches off what precision plugins do to a batch before a step.
+
+    They cast its floating-point tensors, of which a `Batch` has none, and refuse frozen dataclasses.
+    """
+    trainer.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]

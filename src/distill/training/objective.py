@@ -1,44 +1,31 @@
 """The objective: where the losses of a batch are computed and weighed, for training and validation alike.
 
-Components of weight zero are not computed, and what only they need (teacher, hidden states, attention, experts) is not
+Losses of weight zero are not computed, and what only they need (teacher, hidden states, attention, experts) is not
 captured.
-The price is one function that knows which component needs what.
 
 Shapes: B rows, L positions, N valid tokens, D width.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from distill.batch import Batch
 from distill.breakdown import LossBreakdown
 from distill.curriculum import WEIGHT_KEY, CurriculumState
-from distill.losses.attention import AttentionTransfer
-from distill.losses.contrastive import Contrastive
+from distill.losses.component import Component
 from distill.losses.engine.divergence import KDLoss
 from distill.losses.engine.loss import distillation_loss
 from distill.losses.engine.metrics import TokenStats
-from distill.losses.layerwise import Layerwise
-from distill.losses.routing import UNIT as ROUTING_UNIT
-from distill.losses.routing import Routing
 from distill.models.head import lm_head_of
-from distill.models.trace import Needs, merged, trace, valid_labels, valid_rows
-from distill.teachers.online import OnlineTeacher, thinned
-from distill.teachers.targets import DenseTargets, Targets
+from distill.models.trace import Trace, merged, trace
+from distill.teachers.source import TargetSource, Taught
 
-FeatureLoss = AttentionTransfer | Layerwise | Contrastive
-
-# Component -> the kind of unit that it is a sum over, as the batch counts them.
-UNIT = (
-    dict.fromkeys(WEIGHT_KEY, "tokens")
-    | ROUTING_UNIT
-    | {loss.component: loss.unit for loss in (AttentionTransfer, Layerwise, Contrastive)}
-)
+VOCABULARY = {"kd_loss": "tokens", "lm_loss": "tokens"}  # the losses of the engine, and their units
 
 
 @dataclass(frozen=True)
@@ -46,28 +33,37 @@ class Losses:
     """What one micro-batch on one rank yields.
 
     Args:
-        total: sum of the scaled components, carries the gradient.
+        total: sum of the scaled losses, carries the gradient.
         breakdown: the same in parts, detached.
-        routing_stats: name -> scalar for the log under `routing/`.
+        stats: name -> scalar for the log, a mean over tokens.
         token_stats: weight-free sums over tokens; None where they were not asked for.
     """
 
     total: Tensor
     breakdown: LossBreakdown
-    routing_stats: dict[str, Tensor]
+    stats: dict[str, Tensor]
     token_stats: TokenStats | None
 
 
+@dataclass
+class _Parts:
+    """What is added up: the total, raw values, and statistics."""
+
+    total: Tensor
+    raw: dict[str, Tensor]
+    token_stats: TokenStats | None
+    stats: dict[str, Tensor] = field(default_factory=dict)
+
+
 def objective(
-    batch: Mapping[str, Any],
+    batch: Batch,
     student: PreTrainedModel,
-    teacher: OnlineTeacher,
-    components: list[str],
+    teacher: TargetSource,
+    names: Sequence[str],
     state: CurriculumState,
     share: float,
     kd: KDLoss | None = None,
-    routing: Routing | None = None,
-    features: Sequence[FeatureLoss] = (),
+    components: Sequence[Component] = (),
     chunk_size: int | None = None,
     measure_inactive: Collection[str] = (),
     metrics: bool = False,
@@ -75,83 +71,80 @@ def objective(
     """Total and breakdown of a batch.
 
     Args:
-        batch: what the datamodule's collate returns.
+        batch: what the datamodule's loader yields.
         student: trained.
-        teacher: frozen.
-        components: configured ones, in listing order.
+        teacher: opened.
+        names: configured losses, in listing order.
         state: weights, temperature and routed experts now.
         share: factor on every (sum over units) / (units of the step): accumulation x world size in training, 1 in
             validation, where the units are the batch's own.
         kd: options of `kd_loss`.
-        routing: the routing losses.
-        features: the losses on hidden states and attention.
+        components: the losses on layers.
         chunk_size: tokens whose logits exist at one time.
-        measure_inactive: components to measure at weight zero too, without gradient.
+        measure_inactive: losses to measure at weight zero too, without gradient.
         metrics: also return the weight-free sums.
     """
-    weights = {name: state.weights[WEIGHT_KEY[name]] for name in components}
-    wanted = [name for name in components if weights[name] > 0 or name in measure_inactive]
-    routed = [name for name in wanted if name in ROUTING_UNIT]
-    features = [loss for loss in features if loss.component in wanted]
-    factor = {kind: share / max(count, 1) for kind, count in batch["units"].items()}
+    weights = {name: state.weights[WEIGHT_KEY[name]] for name in names}
+    wanted = [name for name in names if weights[name] > 0 or name in measure_inactive]
+    looking = [component for component in components if any(name in wanted for name in component.units)]
+    factor = {kind: share / max(count, 1) for kind, count in batch.units.items()}
 
-    record = routing.record() if routing is not None and routed else None
     taught = None
-    if "kd_loss" in wanted or routed or features or metrics:
-        with record or nullcontext():
-            taught = teacher.trace(batch, merged(loss.teacher_needs for loss in features))
-    layers = routing.student_layer_indices if routing is not None and routed else []
-    seen = trace(student, batch, merged(loss.student_needs for loss in features) | Needs(hidden=frozenset(layers)))
+    if "kd_loss" in wanted or looking or metrics:
+        needs = merged(component.teacher_needs for component in looking)
+        taught = teacher(batch, needs, state, kd="kd_loss" in wanted)
+    seen = trace(student, batch.student, merged(component.student_needs for component in looking))
 
-    targets = None
-    if taught is not None:
-        targets = DenseTargets(valid_rows(taught.last_BLD, batch), lm_head_of(teacher.model))
-    student_side = (valid_rows(seen.last_BLD, batch), lm_head_of(student), valid_labels(batch))
-    kd_targets: Targets | None = targets
-    if "kd_loss" in wanted and kd is not None and (kd.top_k is not None or kd.samples is not None):
-        kd_targets = thinned(targets, kd, student_side[1].vocab_size, state, batch)
-    kd_options: dict[str, Any] = {"kd": kd, "temperature": state.temperature, "chunk_size": chunk_size}
-    watched = "kd_loss" in wanted and weights["kd_loss"] == 0
-    learns = "kd_loss" in wanted and not watched
+    wanted_weights = {name: weights[name] for name in wanted}
+    options: dict[str, Any] = {"kd": kd, "temperature": state.temperature, "chunk_size": chunk_size}
+    parts = _over_vocabulary(batch, student, seen, taught, wanted_weights, factor["tokens"], options, metrics)
+    for component in looking:
+        assert taught is not None
+        _add_component(parts, component, batch, seen, taught.trace, wanted_weights, factor, state)
+    breakdown = LossBreakdown({name: parts.raw[name] for name in wanted}, weights)
+    return Losses(parts.total, breakdown, parts.stats, parts.token_stats)
+
+
+def _over_vocabulary(
+    batch: Batch, student: PreTrainedModel, seen: Trace, taught: Taught | None, weights: dict[str, float],
+    factor: float, options: dict[str, Any], metrics: bool,
+) -> _Parts:  # fmt: skip
+    """KD, next tokens and weight-free sums in one walk over the vocabulary wherever that is the same arithmetic."""
+    whole, targets = (taught.whole, taught.targets) if taught is not None else (None, None)
+    student_side = (batch.student.valid(seen.last_BLD), lm_head_of(student), batch.student.labels_N)
+    watched = weights.get("kd_loss") == 0
+    learns = "kd_loss" in weights and not watched
     engine = distillation_loss(
         *student_side,
-        kd_targets if learns else targets,
-        **kd_options,
-        kd_weight=weights["kd_loss"] * factor["tokens"] if learns else None,
-        lm_weight=weights["lm_loss"] * factor["tokens"] if "lm_loss" in wanted else None,
-        metrics=metrics and (not learns or kd_targets is targets),
+        targets if learns else whole,
+        **options,
+        kd_weight=weights["kd_loss"] * factor if learns else None,
+        lm_weight=weights["lm_loss"] * factor if "lm_loss" in weights else None,
+        metrics=metrics and (not learns or targets is whole),
     )
     sums, token_stats = {"kd_loss": engine.kd_sum, "lm_loss": engine.lm_sum}, engine.stats
     if watched:  # by itself: a teacher beside the LM loss would move the borders of the chunks, and the last bits
-        sums["kd_loss"] = distillation_loss(*student_side, kd_targets, **kd_options, kd_weight=0.0).kd_sum
+        sums["kd_loss"] = distillation_loss(*student_side, targets, **options, kd_weight=0.0).kd_sum
     if metrics and token_stats is None:  # of the teacher's whole distribution, whatever the loss learns from
-        token_stats = distillation_loss(*student_side, targets, chunk_size=chunk_size, metrics=True).stats
-    total = engine.loss
-    stats: dict[str, Tensor] = {}
-    raw = {name: value * factor["tokens"] for name, value in sums.items() if value is not None}
+        token_stats = distillation_loss(*student_side, whole, chunk_size=options["chunk_size"], metrics=True).stats
+    raw = {name: value * factor for name, value in sums.items() if value is not None}
+    return _Parts(engine.loss, raw, token_stats)
 
-    if record is not None:
-        assert routing is not None
-        states = [seen.hidden[layer] for layer in layers]
-        active = [name for name in routed if weights[name] > 0]
-        for names, learns in ((active, torch.is_grad_enabled()), ([n for n in routed if n not in active], False)):
-            if not names:
-                continue
-            with torch.set_grad_enabled(learns):
-                result = routing(names, states, record, batch, state.top_k_experts)
-            stats |= result.stats
-            for name, value in result.sums.items():
-                value = value * factor[UNIT[name]]
-                raw[name] = value.detach()
-                if weights[name] > 0:
-                    total = total + weights[name] * value
-    for loss in features:
-        assert taught is not None
-        weight = weights[loss.component]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):
-            value = loss(seen, taught, batch) * factor[loss.unit]
-        raw[loss.component] = value.detach()
-        if weight > 0:
-            total = total + weight * value
-    breakdown = LossBreakdown({name: raw[name] for name in wanted}, weights)
-    return Losses(total, breakdown, stats, token_stats)
+
+def _add_component(
+    parts: _Parts, component: Component, batch: Batch, seen: Trace, taught: Trace, weights: dict[str, float],
+    factor: dict[str, float], state: CurriculumState,
+) -> None:  # fmt: skip
+    """A component's losses: those of weight above zero with gradient, the others that are wanted without."""
+    for active in (True, False):
+        names = [name for name in component.units if name in weights and (weights[name] > 0) == active]
+        if not names:
+            continue
+        with torch.set_grad_enabled(torch.is_grad_enabled() and active):
+            measured = component.measure(names, seen, taught, batch, state)
+            parts.stats |= measured.stats
+            for name, total in measured.sums.items():
+                value = total * factor[component.units[name]]
+                parts.raw[name] = value.detach()
+                if active:
+                    parts.total = parts.total + weights[name] * value

@@ -5,9 +5,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
+
+from distill.models.fsdp2 import whole_norm
 
 CONFIGURED = ("lr", "weight_decay", "betas")  # of a parameter group: what the configuration says
 
@@ -66,3 +68,14 @@ def step_back(schedule: Any) -> None:
     for group, base, factor in rates:
         group["lr"] = base * factor(schedule.last_epoch)
     schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, value: float | None, algorithm: str | None) -> Tensor:
+    """Clips the optimizer's gradients by norm or value, where a value is given; their norm before, scalar."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = whole_norm(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    if value and algorithm == "value":
+        nn.utils.clip_grad_value_(parameters, value)
+    elif value:
+        nn.utils.clip_grads_with_norm_(parameters, value, norm)
+    return norm

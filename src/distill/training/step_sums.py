@@ -6,12 +6,14 @@ The sums are added only on steps that a logger or a dump reads, so the module mu
 import resource
 import sys
 import time
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from distill.breakdown import LossBreakdown
+from distill.curriculum import WEIGHT_KEY, CurriculumState
 
 
 class StepSums:
@@ -47,6 +49,15 @@ class StepSums:
         return step, dict(zip(stats, (means / tokens.clamp(min=1e-9)).unbind(), strict=True))
 
 
+def step_figures(step: LossBreakdown, state: CurriculumState) -> dict[str, Any]:
+    """A whole step's losses and what the curriculum said of them, under their names in the log."""
+    figures: dict[str, Any] = {"train/loss": step.total}
+    figures |= {f"train/{name}": step.raw[name] for name in step.active}
+    figures |= {f"train/{name}_scaled": value for name, value in step.scaled.items()}
+    figures |= {f"curriculum/{WEIGHT_KEY[name]}": weight for name, weight in step.weights.items()}
+    return figures | {"curriculum/temperature": state.temperature}
+
+
 def peak_memory(device: torch.device) -> int:
     """Most bytes that this process has held: allocated tensors on an accelerator, resident pages on a CPU."""
     if device.type != "cpu":
@@ -78,3 +89,7 @@ class Throughput:
         rate = self._tokens / (now - self._since)
         self._tokens, self._since = 0, now
         return rate
+
+    def figures(self, device: torch.device) -> dict[str, float]:
+        """Tokens per second since the last reading, and the memory peak, under their names in the log."""
+        return {"train/tokens_per_s": self.read(), "train/peak_memory_gib": peak_memory(device) / 2**30}

@@ -1,4 +1,4 @@
-"""Lightning's Trainer with what a run of this program has by default: one run directory, whole checkpoints, `check`.
+"""Lightning's Trainer with what a run of this program has by default: one run directory and whole checkpoints.
 
 Any Lightning logger takes the place of the two default ones; the log, the configuration and the checkpoints then lie in
 the directory that the logger's name and version make. With several loggers the first one decides.
@@ -61,39 +61,6 @@ class DistillTrainer(L.Trainer):
         version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
         directory = os.path.join(logger.save_dir or self.default_root_dir, str(logger.name), version)
         return self.strategy.broadcast(directory)
-
-    def check(
-        self,
-        model: Any,
-        datamodule: Any,
-        weights: bool = True,
-        devices: int | None = None,
-        device_memory_gib: float | None = None,
-        tflops: float | None = None,
-        ckpt_path: str | None = None,
-        weights_only: bool | None = None,
-    ) -> None:
-        """Shows what a run would read, compute and need before it is started, and what looks wrong about it.
-
-        Exit code 1 where something does.
-
-        Args:
-            model: a DistillationModule.
-            datamodule: a DistillationDataModule.
-            weights: whether to load the models and run a few rows; without, configurations alone are read.
-            devices: to estimate memory for; null = those of `trainer`.
-            device_memory_gib: of each device; null = this machine's.
-            tflops: that a device reaches, in 10^12 operations a second; null = measured here, 100 for GPUs elsewhere.
-            ckpt_path: not looked into; taken so that a run's own config.yaml serves.
-            weights_only: the same.
-        """
-        from distill.preflight.check import check
-        from distill.preflight.plan import Plan
-
-        wanted = {**Plan.asked_by(self.asked), "devices": devices} if devices else Plan.asked_by(self.asked)
-        plan = Plan(**wanted, weights=weights, device_memory_gib=device_memory_gib, tflops=tflops)
-        if check(self, model, datamodule, plan):
-            raise SystemExit(1)
 
 
 def environment(trainer: L.Trainer) -> dict[str, str | int]:

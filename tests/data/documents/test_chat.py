@@ -138,16 +138,16 @@ def test_packed_and_unpacked_losses_of_each_conversation_are_equal(chat_tokenize
     def losses(packing: bool) -> dict[tuple, list[float]]:
         found: dict[tuple, list[float]] = {}
         for batch in batches(pack(documents, chat_tokenizer, ROOM, packing, Chat(template))):
-            positions = {"position_ids": batch["position_ids"]} if batch["packed"] else {}
+            positions = {"position_ids": batch.student.position_ids} if batch.student.packed else {}
             with torch.no_grad():
-                logits_BLV = model(batch["input_ids"], use_cache=False, **positions).logits
-            nll_BL = F.cross_entropy(logits_BLV[:, :-1].transpose(1, 2), batch["labels"][:, 1:], reduction="none")
-            for b, starts in enumerate(batch["position_ids"] == 0):
+                logits_BLV = model(batch.student.input_ids, use_cache=False, **positions).logits
+            nll_BL = F.cross_entropy(logits_BLV[:, :-1].transpose(1, 2), batch.student.labels[:, 1:], reduction="none")
+            for b, starts in enumerate(batch.student.position_ids == 0):
                 edges = [*starts.nonzero().flatten().tolist(), ROOM]
                 for first, stop in pairwise(edges):
-                    if batch["attention_mask"][b, first]:
-                        here = batch["attention_mask"][b, first:stop].bool()
-                        ids = tuple(batch["input_ids"][b, first:stop][here].tolist())
+                    if batch.student.attention_mask[b, first]:
+                        here = batch.student.attention_mask[b, first:stop].bool()
+                        ids = tuple(batch.student.input_ids[b, first:stop][here].tolist())
                         found.setdefault(ids, []).append(nll_BL[b, first : stop - 1].sum().item())
         return found
 
@@ -168,7 +168,7 @@ def test_packing_changes_no_component(chat_tokenizer, documents):
         totals = {"kd_loss": 0.0, "lm_loss": 0.0, "tokens": 0}
         for batch in batches(pack(documents, chat_tokenizer, ROOM, packing)):
             result = objective(batch, student, teacher, ["kd_loss", "lm_loss"], state, 1.0, kd=KDLoss())
-            tokens = batch["units"]["tokens"]
+            tokens = batch.units["tokens"]
             totals["tokens"] += tokens
             for name in ("kd_loss", "lm_loss"):
                 totals[name] += result.breakdown.raw[name].item() * tokens

@@ -133,7 +133,11 @@ def ready(**options) -> DistillationDataModule:
 
 
 def ids(loader) -> list[tuple[int, ...]]:
-    return [tuple(row[mask.bool()].tolist()) for b in loader for row, mask in zip(b["input_ids"], b["attention_mask"])]  # noqa: B905
+    return [
+        tuple(row[mask.bool()].tolist())
+        for b in loader
+        for row, mask in zip(b.student.input_ids, b.student.attention_mask, strict=True)
+    ]
 
 
 def test_a_mixture_of_text_and_completions_trains_on_its_shares(assets, tmp_path, caplog):
@@ -150,7 +154,7 @@ def test_a_mixture_of_text_and_completions_trains_on_its_shares(assets, tmp_path
     loader = data.train_dataloader()
     batches = list(loader)
     assert len(batches) == len(loader) == of_text + of_pairs
-    assert sum(bool(batch["packed"]) and (batch["labels"] == -100).sum() > 20 for batch in batches) <= of_pairs
+    assert sum(b.student.packed and (b.student.labels == -100).sum() > 20 for b in batches) <= of_pairs
     assert not set(ids(batches)) & set(ids(data.val_dataloader()))
     lines = [record.message for record in caplog.records if record.message.startswith("Data:")]
     assert lines[0].startswith("Data: 75.0% of the rows from 1 document (text)")
@@ -176,10 +180,10 @@ def test_grouped_batches_are_as_long_as_their_longest_row(assets, tmp_path):
     plain = ready(**options, packing=False, per_device_batch_size=4)
     data = ready(**options, packing=False, group_by_length=True, per_device_batch_size=4)
     batches = list(data.train_dataloader())
-    assert {batch["input_ids"].shape[1] for batch in batches} == {64, 128, 192, 200}
+    assert {batch.student.input_ids.shape[1] for batch in batches} == {64, 128, 192, 200}
     for batch in batches:
-        longest = int(batch["attention_mask"].sum(1).max())
-        assert batch["input_ids"].shape[1] == min(200, -(-longest // 64) * 64)
+        longest = int(batch.student.attention_mask.sum(1).max())
+        assert batch.student.input_ids.shape[1] == min(200, -(-longest // 64) * 64)
     assert sorted(ids(batches)) == sorted(ids(plain.train_dataloader()))
     with pytest.raises(UserError, match=r"data.group_by_length: true with data.packing true groups nothing"):
         ready(**options, group_by_length=True)

@@ -111,10 +111,12 @@ def test_streams_take_turns_by_their_weights(stream, tokenizer):
     batches = StreamBatches([light, heavy], 2, 0, rank=0, world_size=1, workers=0)
     found = []
     for batch, place in islice(batches, 20):
-        found += [n for ids in batch["input_ids"] for n in numbers(tokenizer, {"input_ids": ids[: (ids != 0).sum()]})]
+        found += [
+            n for ids in batch.student.input_ids for n in numbers(tokenizer, {"input_ids": ids[: (ids != 0).sum()]})
+        ]
         assert sum(number < 15 for number in found) in (len(found) // 4, -(-len(found) // 4))
         assert place["rows"] == [sum(number < 15 for number in found), sum(number >= 15 for number in found)]
-        assert batch["units"]["tokens"] == int((batch["labels"][:, 1:] != -100).sum())
+        assert batch.units["tokens"] == int((batch.student.labels[:, 1:] != -100).sum())
     assert place["documents"] == 40
 
 

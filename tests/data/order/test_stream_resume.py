@@ -162,9 +162,9 @@ class Notes(L.LightningModule):
         self.weight = torch.nn.Parameter(torch.ones(()))
         self.seen = []
     def training_step(self, batch, batch_idx):
-        valid = int((batch["labels"][:, 1:] != -100).sum())
-        self.seen.append((self.trainer.global_step, batch["input_ids"].tolist(), valid, batch["units"]))
-        return self.weight * batch["input_ids"].float().mean() / 1000
+        valid = int((batch.student.labels[:, 1:] != -100).sum())
+        self.seen.append((self.trainer.global_step, batch.student.input_ids.tolist(), valid, batch.units))
+        return self.weight * batch.student.input_ids.float().mean() / 1000
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), 0.1)
 

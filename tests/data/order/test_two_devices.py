@@ -24,11 +24,11 @@ class Notes(L.LightningModule):
         self.weight = torch.nn.Parameter(torch.ones(()))
         self.seen, self.validated = [], []
     def training_step(self, batch, batch_idx):
-        self.seen.append((self.trainer.global_step, batch["input_ids"][batch["attention_mask"][:, 0] == 1].tolist(),
-                          batch["units"]))
+        ids = batch.student.input_ids[batch.student.attention_mask[:, 0] == 1].tolist()
+        self.seen.append((self.trainer.global_step, ids, batch.units))
         return self.weight * 1.0
     def validation_step(self, batch, batch_idx):
-        self.validated += batch["input_ids"][batch["attention_mask"][:, 0] == 1].tolist()
+        self.validated += batch.student.input_ids[batch.student.attention_mask[:, 0] == 1].tolist()
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1)
 

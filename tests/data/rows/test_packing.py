@@ -125,29 +125,27 @@ def row(documents: list[list[int]]) -> dict:
 def test_batch_by_hand():
     rows = [row([[5, 6, 7], [8, 9]]), row([[3, 4]])]
     batch = collate(rows, 6, 0, {"tokens": 4, "queries": 1, "micro_batches": 1})
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 0], [3, 4, 0, 0, 0, 0]]
-    assert batch["labels"].tolist() == [[-100, 6, 7, -100, 9, -100], [-100, 4, -100, -100, -100, -100]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 0, 1, 2, 3]]
-    assert batch["positions"].tolist() == [0, 1, 3, 6]
-    assert batch["packed"] is True
-    assert batch["bytes"] == 7
-    assert {batch[name].dtype for name in ("input_ids", "labels", "attention_mask", "position_ids", "positions")} == {
-        torch.int64
-    }
+    assert batch.student.input_ids.tolist() == [[5, 6, 7, 8, 9, 0], [3, 4, 0, 0, 0, 0]]
+    assert batch.student.labels.tolist() == [[-100, 6, 7, -100, 9, -100], [-100, 4, -100, -100, -100, -100]]
+    assert batch.student.attention_mask.tolist() == [[1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0]]
+    assert batch.student.position_ids.tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 0, 1, 2, 3]]
+    assert batch.student.positions.tolist() == [0, 1, 3, 6]
+    assert batch.student.packed is True
+    assert batch.bytes == 7
+    assert {tensor.dtype for tensor in batch.student.tensors().values()} == {torch.int64}
 
 
 def test_one_document_per_row_is_not_packed():
-    assert collate([row([[5, 6, 7]]), row([[3, 4]])], 6, 0, {})["packed"] is False
+    assert collate([row([[5, 6, 7]]), row([[3, 4]])], 6, 0, {}).student.packed is False
 
 
 def test_dummy_batch_has_one_row_and_no_targets():
     batch = collate([], 4, 9, {"tokens": 0})
-    assert batch["input_ids"].tolist() == [[9, 9, 9, 9]]
-    assert batch["labels"].tolist() == [[-100] * 4]
-    assert batch["attention_mask"].sum() == 0
-    assert batch["positions"].shape == (0,)
-    assert (batch["packed"], batch["bytes"]) == (False, 0)
+    assert batch.student.input_ids.tolist() == [[9, 9, 9, 9]]
+    assert batch.student.labels.tolist() == [[-100] * 4]
+    assert batch.student.attention_mask.sum() == 0
+    assert batch.student.positions.shape == (0,)
+    assert (batch.student.packed, batch.bytes) == (False, 0)
 
 
 FAMILIES = {
@@ -165,7 +163,7 @@ def test_documents_of_a_packed_row_do_not_see_each_other(family):
     documents = [rng.integers(3, tiny.VOCAB, size=size).tolist() for size in (7, 1, 9, 5)]
     batch = collate([row(documents), row([documents[2]])], 24, 0, {})
     with torch.no_grad():
-        packed = model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        packed = model(batch.student.input_ids, position_ids=batch.student.position_ids, use_cache=False).logits
         alone = torch.cat([model(torch.tensor([document]), use_cache=False).logits[0] for document in documents])
     torch.testing.assert_close(packed[0, : len(alone)], alone, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(packed[1, :9], alone[8:17], rtol=1e-4, atol=1e-4)
@@ -176,7 +174,7 @@ def test_unpacked_rows_need_neither_mask_nor_positions(family):
     model = FAMILIES[family]()
     batch = collate([row([[5, 6, 7, 8]]), row([[3, 4, 9, 10, 11, 12]])], 8, 0, {})
     with torch.no_grad():
-        bare = model(batch["input_ids"], use_cache=False).logits
-        masked = model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    real = batch["attention_mask"].bool()
+        bare = model(batch.student.input_ids, use_cache=False).logits
+        masked = model(batch.student.input_ids, attention_mask=batch.student.attention_mask, use_cache=False).logits
+    real = batch.student.attention_mask.bool()
     torch.testing.assert_close(bare[real], masked[real], rtol=1e-4, atol=1e-4)

@@ -32,8 +32,8 @@ class PlainGradients:
         self.found = []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        ids, labels = batch["input_ids"], batch["labels"]
-        documents = {"position_ids": batch["position_ids"]} if batch["packed"] else {}
+        ids, labels = batch.student.input_ids, batch.student.labels
+        documents = {"position_ids": batch.student.position_ids} if batch.student.packed else {}
         student = pl_module.student(ids, **documents).logits[:, :-1].flatten(0, 1)
         teacher = pl_module.teacher.model(ids, **documents).logits[:, :-1].flatten(0, 1).detach()
         labels = labels[:, 1:].flatten()

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from distill.batch import IGNORE
 from distill.data.documents.chat import Chat, decoded_bytes, encode_conversation, template_of
 from distill.data.documents.forms import form_of, restored
 from distill.data.documents.messages import conversation_of
 from distill.data.documents.reading import without_nulls
-from distill.data.documents.tokens import IGNORE, tokens_of
+from distill.data.documents.tokens import tokens_of
 from distill.errors import DocumentError, UserError
 
 TOLD = 3  # bad documents that an error names

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from distill.batch import IGNORE
 from distill.data.documents.forms import COUNTING, nested
 from distill.errors import DocumentError
-
-IGNORE = -100  # label of a position that is no target
 
 
 def tokens_of(row: dict[str, Any], known: int, completion_only_loss: bool) -> list[tuple[np.ndarray, np.ndarray]]:

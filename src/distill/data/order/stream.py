@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
+from distill.batch import Batch
 from distill.data.documents.files import open_stream
 from distill.data.documents.forms import form_of
 from distill.data.documents.sources import Source
@@ -191,7 +192,7 @@ class StreamBatches(torch.utils.data.IterableDataset):
         self.rank, self.world_size, self.workers = rank, world_size, max(1, workers)
         self.place: Place = {"turn": 0, "readers": [None] * self.workers}
 
-    def __iter__(self) -> Iterator[tuple[dict[str, Any], Place]]:
+    def __iter__(self) -> Iterator[tuple[Batch, Place]]:
         worker = get_worker_info()
         mine = ((worker.id if worker is not None else 0) + self.place["turn"]) % self.workers
         reader, readers = self.rank * self.workers + mine, self.world_size * self.workers

@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning as L
 
+from distill.batch import Batch
 from distill.data.documents.forms import form_of
 from distill.data.order.loader import Reader, TrainingLoader, check_layout
 from distill.data.order.stream import COUNTS, Place, Stream, StreamBatches
@@ -38,7 +39,7 @@ class StreamLoader(TrainingLoader):
         self.place = dataset.place
         self._places: deque[tuple[int, Place]] = deque(maxlen=4)  # micro-batches of the epoch, the place behind them
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         accumulate, limit = self.window()
         start, self._start = self._start, 0
         number = start // accumulate * accumulate

@@ -9,11 +9,13 @@ Letters: W ranks, A micro-batches per optimizer step and rank.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from distill.batch import Batch
 
 KINDS = ("tokens", "queries", "micro_batches")
 
@@ -58,22 +60,22 @@ class StepWindow:
     """
 
     first: int
-    batches: list[dict[str, Any]]
+    batches: list[Batch]
 
     @property
     def stop(self) -> int:
         """Micro-batches of the epoch up to its end."""
         return self.first + len(self.batches)
 
-    def counted(self, hosts: Hosts, start: int = 0) -> Iterator[dict[str, Any]]:
+    def counted(self, hosts: Hosts, start: int = 0) -> Iterator[Batch]:
         """The micro-batches with the units of the whole step over all ranks.
 
         Args:
             hosts: all ranks, which read as many micro-batches of this step.
             start: micro-batch of the epoch from which on they are handed out; those before it count all the same.
         """
-        of_rows = [[batch["units"].get(kind, 1) for kind in KINDS] for batch in self.batches]
+        of_rows = [[batch.units.get(kind, 1) for kind in KINDS] for batch in self.batches]
         counts = hosts.sum([sum(column) for column in zip(*of_rows, strict=True)])
         units = dict(zip(KINDS, counts, strict=True))
         for batch in self.batches[max(0, start - self.first) :]:
-            yield batch | {"units": units}
+            yield replace(batch, units=units)

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from distill.batch import IGNORE
 from distill.data.documents.chat import Chat
 from distill.data.documents.encode import Document, Encoder
 from distill.data.documents.forms import form_of, goes_on
 from distill.data.documents.hub import bars_on_terminals
-from distill.data.documents.tokens import IGNORE
 from distill.errors import UserError
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from distill.data.documents.tokens import IGNORE
+from distill.batch import IGNORE, Batch, Tokens
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,14 @@ class PackedRows(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.table[int(self.indices[index])]
 
-    def __getitems__(self, micro_batch: MicroBatch) -> dict[str, Any]:
+    def __getitems__(self, micro_batch: MicroBatch) -> Batch:
         """The batch that a sampler asks for; the units travel with the request."""
         rows = [self[index] for index in micro_batch.indices]
         length = self.sequence_length
         if self.shortest:
             length = shape_of(rows, length)
-        return collate(rows, length, self.pad_id, micro_batch.units)
+        numbers = tuple(int(self.indices[index]) for index in micro_batch.indices)
+        return collate(rows, length, self.pad_id, micro_batch.units, numbers)
 
 
 def shape_of(rows: Sequence[dict[str, Any]], sequence_length: int) -> int:
@@ -87,7 +88,13 @@ def shape_of(rows: Sequence[dict[str, Any]], sequence_length: int) -> int:
     return min(sequence_length, -(-longest // MULTIPLE) * MULTIPLE)
 
 
-def collate(rows: Sequence[dict[str, Any]], sequence_length: int, pad_id: int, units: dict[str, int]) -> dict[str, Any]:
+def collate(
+    rows: Sequence[dict[str, Any]],
+    sequence_length: int,
+    pad_id: int,
+    units: dict[str, int],
+    numbers: tuple[int, ...] = (),
+) -> Batch:
     """A batch of packed rows, or one dummy row without labels where there are none.
 
     Args:
@@ -95,10 +102,7 @@ def collate(rows: Sequence[dict[str, Any]], sequence_length: int, pad_id: int, u
         sequence_length: L.
         pad_id: token that pads on the right.
         units: passed through.
-
-    Returns:
-        input_ids, labels, attention_mask and position_ids, int64 [B, L]; positions, int64 [N], flat indices b L + t of
-        the valid tokens; packed, whether a row holds several documents (padding aside); units; bytes behind the labels.
+        numbers: of the rows in their table, passed through.
     """
     shape = (max(1, len(rows)), sequence_length)
     input_ids_BL, labels_BL = np.full(shape, pad_id), np.full(shape, IGNORE)
@@ -113,18 +117,17 @@ def collate(rows: Sequence[dict[str, Any]], sequence_length: int, pad_id: int, u
         position_ids_BL[b] = np.arange(sequence_length) - np.repeat(np.cumsum(segments) - segments, segments)
     shifted_BL = np.roll(labels_BL, -1, axis=1)
     shifted_BL[:, -1] = IGNORE
-    return {
-        "input_ids": torch.from_numpy(input_ids_BL),
-        "labels": torch.from_numpy(labels_BL),
-        "attention_mask": torch.from_numpy(attention_mask_BL),
-        "position_ids": torch.from_numpy(position_ids_BL),
-        "positions": torch.from_numpy(np.flatnonzero(shifted_BL != IGNORE)),
-        "packed": any(len(row["document_lengths"]) > 1 for row in rows),
-        "units": units,
-        "bytes": int(sum(row["bytes"] for row in rows)),
-    }
+    tokens = Tokens(
+        input_ids=torch.from_numpy(input_ids_BL),
+        labels=torch.from_numpy(labels_BL),
+        attention_mask=torch.from_numpy(attention_mask_BL),
+        position_ids=torch.from_numpy(position_ids_BL),
+        positions=torch.from_numpy(np.flatnonzero(shifted_BL != IGNORE)),
+        packed=any(len(row["document_lengths"]) > 1 for row in rows),
+    )
+    return Batch(tokens, tokens, units, int(sum(row["bytes"] for row in rows)), numbers)
 
 
-def as_is(batch: Any) -> Any:
+def as_is(batch: Batch) -> Batch:
     """What a loader collates with whose data set gives whole batches."""
     return batch

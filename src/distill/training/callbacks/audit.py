@@ -17,17 +17,18 @@ from typing import Any, Literal, final
 
 import lightning as L
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from distill.batch import Batch
 from distill.breakdown import LossBreakdown
 from distill.curriculum import WEIGHT_KEY
 from distill.errors import AuditError
 from distill.training.callbacks.curriculum import Curriculum
 from distill.training.callbacks.text import run_directory
 from distill.training.callbacks.train_debug import unscaled
+from distill.training.module import DistillationModule, distilled
 from distill.training.optim import step_back
 
 PATIENCE = 10  # steps dropped one after the other before even `skip` gives up
@@ -42,7 +43,7 @@ class Entry:
     figures: Tensor
     names: list[str]
     weights: dict[str, float]
-    batch: Any
+    batch: Batch
     copied: torch.cuda.Event | None = None
 
     @property
@@ -73,59 +74,62 @@ class LossAudit(Callback):
         self.back_propagated: Tensor | None = None
         self.directory: str | None = None
 
-    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        module = distilled(pl_module)
         self.directory = run_directory(trainer)
-        self.trainer, self.pl_module = trainer, pl_module
+        self.trainer, self.module = trainer, module
         self.scaler = getattr(trainer.precision_plugin, "scaler", None)
-        pl_module.drop_nonfinite = self.scaler is None  # fp16's scaler drops steps itself, and looks for them
-        pl_module.skipped_steps = self.skipped if self.on_nonfinite == "skip" else None
+        module.drop_nonfinite = self.scaler is None  # fp16's scaler drops steps itself, and looks for them
+        module.skipped_steps = self.skipped if self.on_nonfinite == "skip" else None
 
-    def on_before_backward(self, trainer: L.Trainer, pl_module: Any, loss: Tensor) -> None:
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         self.back_propagated = unscaled(trainer, loss)
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         self._read()
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
         assert self.back_propagated is not None
         self._read()
-        self._enter(trainer, pl_module, outputs, "training", self.back_propagated, batch)
+        self._enter(trainer, distilled(pl_module), outputs, "training", self.back_propagated, batch)
 
     def on_validation_batch_end(
         self,
         trainer: L.Trainer,
-        pl_module: Any,
+        pl_module: L.LightningModule,
         outputs: Any,
-        batch: Any,
+        batch: Batch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
         self._read()
-        self._enter(trainer, pl_module, outputs, "validation", outputs["total"], batch)
+        self._enter(trainer, distilled(pl_module), outputs, "validation", outputs["total"], batch)
 
     on_test_batch_end = on_validation_batch_end
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._read()
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._read()
 
     def _enter(
         self,
         trainer: L.Trainer,
-        pl_module: Any,
+        module: DistillationModule,
         outputs: Any,
         phase: str,
         back_propagated: Tensor,
-        batch: Any,
+        batch: Batch,
     ) -> None:
         """Checks the weights at once, on the host, and queues the values, on the device."""
         breakdown: LossBreakdown = outputs["breakdown"]
-        where = f"{phase} at step {pl_module.curriculum.step}"
+        where = f"{phase} at step {module.curriculum.step}"
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         curriculum = next((c for c in callbacks if isinstance(c, Curriculum)), None)
-        state = curriculum.state_at(curriculum.step, curriculum.horizon) if curriculum else pl_module.curriculum
+        state = curriculum.state_at(curriculum.step, curriculum.horizon) if curriculum else module.curriculum
         for name, weight in breakdown.weights.items():
             expected = state.weights[WEIGHT_KEY[name]]
             if weight != expected:
@@ -134,17 +138,17 @@ class LossAudit(Callback):
                     f"{bypass}: {name} has weight {weight:g} in {where}, the curriculum says {expected:g}: "
                     "take the weights from pl_module.curriculum"
                 )
-        if pl_module.curriculum != state:
+        if module.curriculum != state:
             bypass = "eval bypass" if phase == "validation" else "bypass"
-            raise AuditError(f"{bypass}: {where} used {pl_module.curriculum}, the curriculum says {state}")
+            raise AuditError(f"{bypass}: {where} used {module.curriculum}, the curriculum says {state}")
         scaled, none = breakdown.scaled, torch.zeros((), dtype=torch.float64, device=outputs["total"].device)
         total = breakdown.total if scaled else none
         size = torch.stack([value.abs().double() for value in scaled.values()]).sum() if scaled else none
         gaps = torch.stack([(value.double() - total).abs() for value in (outputs["total"], back_propagated)])
         signed = outputs["total"].double() - total
         finite = dict(breakdown.raw)
-        if phase == "training" and pl_module.grad_norm is not None:
-            finite["gradient"], pl_module.grad_norm = pl_module.grad_norm, None
+        if phase == "training" and module.grad_norm is not None:
+            finite["gradient"], module.grad_norm = module.grad_norm, None
         figures = torch.stack([gaps.max(), self.tolerance * size, signed, *(v.double() for v in finite.values())])
         entry = Entry(where, phase == "training", figures, list(finite), breakdown.weights, batch)
         if figures.is_cuda:
@@ -196,7 +200,7 @@ class LossAudit(Callback):
         if self.in_a_row >= PATIENCE and not overflow:
             raise AuditError(f"{told}, as in the {PATIENCE - 1} steps before it; {self._save(first.batch)}")
         if self.on_nonfinite == "skip":
-            self.pl_module.skipped_steps = self.skipped
+            self.module.skipped_steps = self.skipped
             saved = f"; {self._save(first.batch)}" if self.skipped == 1 else ""
             rank_zero_warn(f"{told}: step skipped, the {self.skipped}. of this run{saved}")
 
@@ -218,11 +222,11 @@ class LossAudit(Callback):
         suspects = ", ".join(inactive) or "none"
         return f"bypass: {rule}; components of weight 0 that may contribute: {suspects}"
 
-    def _save(self, batch: Any) -> str:
+    def _save(self, batch: Batch) -> str:
         if self.directory is None:
             return "no run directory to save the batch in"
         Path(self.directory).mkdir(parents=True, exist_ok=True)
         rank = self.trainer.global_rank
         path = Path(self.directory, f"nonfinite_batch_rank{rank}.pt" if rank else "nonfinite_batch.pt")
-        torch.save(move_data_to_device(batch, "cpu"), path)
+        torch.save(batch.to("cpu").plain(), path)
         return f"the batch was saved to {path}"

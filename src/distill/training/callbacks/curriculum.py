@@ -11,6 +11,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
+from distill.batch import Batch
 from distill.curriculum import (
     WEIGHT_KEY,
     WEIGHT_KEYS,
@@ -22,6 +23,7 @@ from distill.curriculum import (
 )
 from distill.errors import UserError
 from distill.training.horizon import horizon_of
+from distill.training.module import DistillationModule, distilled
 
 
 class Curriculum(Callback):
@@ -81,9 +83,10 @@ class Curriculum(Callback):
             top_k_experts=None if experts is None else round_half_up(value_at(experts, progress)),
         )
 
-    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuses a weight that the user set for a component that the module does not have."""
-        present = {WEIGHT_KEY[name] for name in pl_module.components}
+        module = distilled(pl_module)
+        present = {WEIGHT_KEY[name] for name in module.components}
         for key, schedule in self.weights.items():
             default = inspect.signature(type(self)).parameters[key].default
             peak = max(knot[1] for knot in schedule) if isinstance(schedule, list) else schedule
@@ -92,11 +95,12 @@ class Curriculum(Callback):
                 raise UserError(
                     f"curriculum.{key}: {schedule} weighs nothing here: configure {names} on the model, or leave it out"
                 )
-        self._set(pl_module)
+        self._set(module)
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        module = distilled(pl_module)
         horizon = horizon_of(trainer)
-        self._check_experts(pl_module.num_experts)
+        self._check_experts(module.num_experts)
         if self.horizon not in (None, horizon):
             rank_zero_warn(
                 f"The curriculum's horizon was {self.horizon} steps in the checkpoint and is {horizon} now: "
@@ -118,24 +122,26 @@ class Curriculum(Callback):
                 f"curriculum.top_k_experts: {peak} is above the teacher's {num_experts} experts: give at most those"
             )
 
-    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.step = trainer.global_step
-        self._set(pl_module)
+        self._set(distilled(pl_module))
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
         self.step = trainer.global_step
-        self._set(pl_module)
+        self._set(distilled(pl_module))
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self._set(pl_module)
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._set(distilled(pl_module))
 
-    def on_test_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self._set(pl_module)
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._set(distilled(pl_module))
 
-    def _set(self, pl_module: Any) -> None:
+    def _set(self, module: DistillationModule) -> None:
         state = self.state_at(self.step, self.horizon)
-        if pl_module.curriculum != state:
-            pl_module.curriculum = state
+        if module.curriculum != state:
+            module.curriculum = state
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "horizon": self.horizon, "temperature": self.temperature}

@@ -5,7 +5,7 @@ validation before the first step, which Lightning keeps from the loggers, so tha
 """
 
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, EarlyStopping
@@ -15,6 +15,7 @@ from rich.table import Table
 
 from distill.training.callbacks.text import emit, run_directory
 from distill.training.horizon import horizon_of
+from distill.training.module import distilled
 
 TABLE = (
     "val/kl_div_T1",
@@ -44,15 +45,16 @@ class Evaluation(Callback):
         self.first_step = 0
         self.last: dict[str, float] = {}
 
-    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.directory = run_directory(trainer)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        module = distilled(pl_module)
         if trainer.sanity_checking and trainer.num_sanity_val_steps != float("inf"):
             return
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-        weights = pl_module.component_weights()
-        lines = [f"[Eval] Step {pl_module.curriculum.step}, loss: {metrics['val/loss']:.4f}"]
+        weights = module.component_weights()
+        lines = [f"[Eval] Step {module.curriculum.step}, loss: {metrics['val/loss']:.4f}"]
         for name, weight in weights.items():
             raw = metrics.get(f"val/{name}", float("nan"))
             scaled = raw * weight if weight > 0 else 0.0
@@ -60,12 +62,12 @@ class Evaluation(Callback):
         emit(trainer, self.directory, "\n".join(["", *lines, ""]))
         if trainer.sanity_checking:
             for logger in trainer.loggers:
-                logger.log_metrics({"epoch": trainer.current_epoch, **metrics}, step=pl_module.curriculum.step)
+                logger.log_metrics({"epoch": trainer.current_epoch, **metrics}, step=module.curriculum.step)
         if not self.first:
             self.first, self.first_step = metrics, trainer.global_step
         self.last = metrics
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if (stopped := stopped_early(trainer)) is not None:
             emit(trainer, self.directory, f"\n{stopped}\n")
         if not self.last or not trainer.is_global_zero:

@@ -17,8 +17,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
+from distill.batch import Batch
 from distill.errors import UserError
 from distill.models.layers import decoder_layers
+from distill.training.module import DistillationModule, distilled
 
 KD = "kd_loss"
 
@@ -42,47 +44,51 @@ class Gradients(Callback):
             raise UserError(f"gradients.every_n_steps: {every_n_steps}; give at least 1, or null on gradients itself")
         self.every_n_steps = every_n_steps
 
-    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if isinstance(trainer.strategy, ModelParallelStrategy | FSDPStrategy):
             raise UserError(
                 f"gradients: {type(trainer.strategy).__name__} shards the student, whose layers' gradients exist "
                 "nowhere in one piece; set gradients to null"
             )
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        module = distilled(pl_module)
         opens_step = batch_idx % trainer.accumulate_grad_batches == 0
         if not opens_step or trainer.global_step % self.every_n_steps:
             return
-        figures = gradient_figures(trainer, pl_module, batch)
+        figures = gradient_figures(trainer, module, batch)
         for logger in trainer.loggers:  # past `log`, which drops what is not due on one of the loggers' own steps
             logger.log_metrics({f"gradients/{name}": float(value) for name, value in figures.items()}, _step(trainer))
 
 
-def gradient_figures(trainer: L.Trainer, pl_module: Any, batch: Any) -> dict[str, Tensor]:
+def gradient_figures(trainer: L.Trainer, module: DistillationModule, batch: Batch) -> dict[str, Tensor]:
     """Norm and cosine of every component of weight above zero on the last decoder layer that all of them reach.
 
     Random state and buffers are left as they were, and no `.grad` is touched.
 
     Args:
         trainer: gives accumulation, world size and precision.
-        pl_module: a DistillationModule with the curriculum's state of this step.
+        module: with the curriculum's state of this step.
         batch: of this step.
 
     Returns:
         `<component>_norm` of the weighted loss, `<component>_cosine` with `kd_loss`, and `layer`, 0-based; empty where
         no layer is reached by all of them.
     """
-    layers = [[p for p in layer.parameters() if p.requires_grad] for layer in decoder_layers(pl_module.student)]
-    active = [name for name, weight in pl_module.component_weights().items() if weight > 0]
+    assert module.student is not None
+    layers = [[p for p in layer.parameters() if p.requires_grad] for layer in decoder_layers(module.student)]
+    active = [name for name, weight in module.component_weights().items() if weight > 0]
     share = trainer.accumulate_grad_batches * trainer.world_size
-    buffers = [(buffer, buffer.clone()) for buffer in pl_module.buffers()]
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     kd: list[Tensor | None] = []
     norms: dict[str, list[Tensor | None]] = {}
     dots: dict[str, list[Tensor | None]] = {}
     for name in active:
-        devices = [pl_module.device.index or 0] if pl_module.device.type == "cuda" else []
+        devices = [module.device.index or 0] if module.device.type == "cuda" else []
         with torch.random.fork_rng(devices), trainer.precision_plugin.train_step_context():
-            total = pl_module.losses(batch, share, components=[name]).total
+            total = module.losses(batch, share, components=[name]).total
         gradients = _by_layer(total, layers)
         if name == KD:
             kd = gradients

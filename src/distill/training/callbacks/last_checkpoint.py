@@ -17,6 +17,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
+from distill.batch import Batch
 from distill.checkpoints.files import remove, sync
 from distill.errors import UserError
 from distill.stop_signals import Agreement, StopSignals
@@ -48,10 +49,10 @@ class LastCheckpoint(Checkpoint):
         self.saved_at = 0.0
         self.stop, self.due = 0, 0
 
-    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.directory = Path(run_directory(trainer) or trainer.default_root_dir, "checkpoints")
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.agreement, self.horizon = Agreement(), horizon_of(trainer)
         self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
         if trainer.received_sigterm:  # before the first step, noted by Lightning, which would not save
@@ -59,7 +60,9 @@ class LastCheckpoint(Checkpoint):
             self.signals.received = signal.SIGTERM
         self.signals.install()
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
         loop = trainer.fit_loop.epoch_loop
         if loop._should_accumulate():
             return
@@ -74,7 +77,9 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
         self._stop(trainer)
 
-    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any, **kwargs: Any) -> None:
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
         """Does not wait for the end of a long validation, which a resumed run begins again."""
         if self._is_fitting(trainer) and trainer.global_step < self.horizon:  # a finished run won't validate again
             self._agree()
@@ -82,24 +87,24 @@ class LastCheckpoint(Checkpoint):
                 self._save(trainer)
             self._stop(trainer)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._is_fitting(trainer) and trainer.global_step < self.horizon:  # the last one: at the end of the epoch
             self._save(trainer)
             self._stop(trainer)
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.stop or self.due or trainer.global_step >= self.horizon:
             self._save(trainer)
         self._stop(trainer)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.agreement is not None:
             self.agreement.finish()
 
-    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self.signals.restore()
 
-    def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.signals.restore()
 
     def _is_fitting(self, trainer: L.Trainer) -> bool:

@@ -13,6 +13,8 @@ import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
 from rich import get_console
 
+from distill.batch import Batch
+
 
 @final
 class ProgressBar(RichProgressBar):
@@ -63,7 +65,9 @@ class ProgressBar(RichProgressBar):
         epochs = self.trainer.max_epochs
         return f"Epoch {current_epoch + 1}" + (f"/{epochs}" if epochs is not None and epochs > 0 else "")
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
         self.outputs = outputs
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
@@ -74,7 +78,7 @@ class ProgressBar(RichProgressBar):
         values = {"loss": self.outputs["total"], **self.outputs["breakdown"].scaled}
         return {name: float(value) for name, value in values.items()}
 
-    def get_metrics(self, trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         if trainer.training and time.monotonic() > self.read_at + 1.0:
             figures = self.figures().items()
             self.shown = {

@@ -19,6 +19,7 @@ from lightning.pytorch.loops.evaluation_loop import RestartStage
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from distill.batch import Batch
 from distill.errors import UserError
 
 
@@ -53,7 +54,7 @@ class ExactResume(Callback):
         self.loaded: dict[str, Any] | None = None
         self.others: dict[str, Any] = {}  # states of all callbacks in the checkpoint
 
-    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuses nodes that would go on from different places, since each one looks for the checkpoint by itself.
 
         Raises:
@@ -67,19 +68,21 @@ class ExactResume(Callback):
                 "nodes see"
             )
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
         """Keeps the loggers' step equal to the optimizer's; Lightning loses one where a checkpoint lies at a validation
         that the resumed run would not make there.
         """
         trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.before_validation = random_state()
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.before_validation = None
 
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self.others = checkpoint.get("callbacks", {})
 
     def _remember_best(self, trainer: L.Trainer) -> None:
@@ -95,7 +98,7 @@ class ExactResume(Callback):
                 score = f"{callback.monitor} {float(state['best_model_score']):.4f}"
                 rank_zero_info(f"Best checkpoint so far, with {score}: {state['best_model_path']}")
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.loaded is None:
             return
         self._remember_best(trainer)

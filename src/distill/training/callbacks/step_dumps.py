@@ -10,10 +10,12 @@ from typing import Any, final
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from distill.batch import Batch
 from distill.breakdown import LossBreakdown
 from distill.curriculum import WEIGHT_KEY
 from distill.errors import UserError
 from distill.training.callbacks.text import block, emit, run_directory
+from distill.training.module import DistillationModule, distilled
 
 
 class StepDump(Callback, ABC):
@@ -38,21 +40,27 @@ class StepDump(Callback, ABC):
         self.first_steps = first_steps
         self.directory: str | None = None
 
-    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.directory = run_directory(trainer)
 
     def is_due(self, step: int) -> bool:
         """Whether optimizer step `step` has a block."""
         return step < self.first_steps or step % self.every_n_steps == 0
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        module = distilled(pl_module)
         if self.is_due(trainer.global_step):
-            pl_module.step_is_read = True
-            pl_module.measure_inactive |= frozenset(filter(self.shows, pl_module.components))
+            module.step_is_read = True
+            module.measure_inactive |= frozenset(filter(self.shows, module.components))
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if outputs["step"] is not None and self.is_due(pl_module.curriculum.step) and trainer.is_global_zero:
-            text = self.render(pl_module, outputs["step"])
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        module = distilled(pl_module)
+        if outputs["step"] is not None and self.is_due(module.curriculum.step) and trainer.is_global_zero:
+            text = self.render(module, outputs["step"])
             if text is not None:
                 emit(trainer, self.directory, text)
 
@@ -61,7 +69,7 @@ class StepDump(Callback, ABC):
         """Whether the block has a raw value of the component."""
 
     @abstractmethod
-    def render(self, pl_module: Any, breakdown: LossBreakdown) -> str | None:
+    def render(self, module: DistillationModule, breakdown: LossBreakdown) -> str | None:
         """The block of one optimizer step, None where there is nothing to show."""
 
 
@@ -72,9 +80,9 @@ class CurriculumDump(StepDump):
     def shows(self, component: str) -> bool:
         return False
 
-    def render(self, pl_module: Any, breakdown: LossBreakdown) -> str:
-        state = pl_module.curriculum
-        present = {WEIGHT_KEY[name] for name in pl_module.components}
+    def render(self, module: DistillationModule, breakdown: LossBreakdown) -> str:
+        state = module.curriculum
+        present = {WEIGHT_KEY[name] for name in module.components}
         keys = ["kd", "feature", "attention", "layerwise", "contrastive", *(["lm"] if "lm" in present else [])]
         rows = [f"    {key}: {state.weights[key] if key in present else 0.0:.4f}" for key in keys]
         return block(f"[CURRICULUM] Step {state.step}, Progress {state.progress:.1%}", ["  Curriculum weights:", *rows])
@@ -87,12 +95,12 @@ class KDLossDump(StepDump):
     def shows(self, component: str) -> bool:
         return component == "kd_loss"
 
-    def render(self, pl_module: Any, breakdown: LossBreakdown) -> str | None:
+    def render(self, module: DistillationModule, breakdown: LossBreakdown) -> str | None:
         if "kd_loss" not in breakdown.weights:
             return None
         raw, weight = float(breakdown.raw["kd_loss"]), breakdown.weights["kd_loss"]
         return block(
-            f"[KD LOSS] Step {pl_module.curriculum.step}",
+            f"[KD LOSS] Step {module.curriculum.step}",
             [
                 f"  Raw KD loss: {raw:.4f}",
                 f"  Curriculum weight: {weight:.4f}",
@@ -108,7 +116,7 @@ class RoutingLossesDump(StepDump):
     def shows(self, component: str) -> bool:
         return component.startswith("routing_")
 
-    def render(self, pl_module: Any, breakdown: LossBreakdown) -> str | None:
+    def render(self, module: DistillationModule, breakdown: LossBreakdown) -> str | None:
         lines = []
         for name, weight in breakdown.weights.items():
             if name.startswith("routing_"):
@@ -119,4 +127,4 @@ class RoutingLossesDump(StepDump):
                     f"    Weight: {weight:.4f}",
                     f"    Scaled: {raw * weight:.4f}",
                 ]
-        return block(f"[ROUTING LOSSES] Step {pl_module.curriculum.step}", lines) if lines else None
+        return block(f"[ROUTING LOSSES] Step {module.curriculum.step}", lines) if lines else None

@@ -11,9 +11,11 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from distill.batch import Batch
 from distill.errors import UserError
 from distill.training.callbacks.progress import ProgressBar
 from distill.training.callbacks.text import block, emit, run_directory
+from distill.training.module import distilled
 
 
 def unscaled(trainer: L.Trainer, loss: Tensor) -> Tensor:
@@ -38,20 +40,23 @@ class TrainDebug(Callback):
         self.directory: str | None = None
         self.back_propagated: Tensor | None = None
 
-    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.directory = run_directory(trainer)
 
-    def on_before_backward(self, trainer: L.Trainer, pl_module: Any, loss: Tensor) -> None:
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         self.back_propagated = unscaled(trainer, loss)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        module = distilled(pl_module)
         if batch_idx % self.every_n_batches != 0 or not trainer.is_global_zero:
             return
         assert self.back_propagated is not None
         bar = trainer.progress_bar_callback
         if isinstance(bar, ProgressBar):
             bar.read_at = 0.0  # this batch's figures, however recent the last reading
-            shown = float(bar.get_metrics(trainer, pl_module)["loss"])
+            shown = float(bar.get_metrics(trainer, module)["loss"])
         else:
             shown = float(outputs["total"])
         scaled = {name: float(value) for name, value in outputs["breakdown"].scaled.items()}
@@ -65,5 +70,5 @@ class TrainDebug(Callback):
             f"  Total loss (outputs['loss']): {float(outputs['total']):.4f}",
             f"  Scaled for grad accum: {float(self.back_propagated):.4f}",
         ]
-        heading = f"[TRAIN DEBUG] Step {pl_module.curriculum.step}, Batch {batch_idx}"
+        heading = f"[TRAIN DEBUG] Step {module.curriculum.step}, Batch {batch_idx}"
         emit(trainer, self.directory, block(heading, lines))

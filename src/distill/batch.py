@@ -1,0 +1,118 @@
+"""A batch of training or validation: the tokens of both models, and the counts that make its losses add up.
+
+Shapes: B rows, L positions, N valid tokens (positions whose next token has a label), D width.
+"""
+
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # label of a position that is no target
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Rows of tokens as one model reads them; rows may hold several documents, and padding is on the right.
+
+    Args:
+        input_ids: int64 [B, L].
+        labels: int64 [B, L], a target's own id at its own position, IGNORE elsewhere, on a document's first too.
+        attention_mask: int64 [B, L], 0 where a row is padded.
+        position_ids: int64 [B, L], places within a document; padding counts as a document of its own.
+        positions: int64 [N], flat indices b L + t of the valid tokens.
+        packed: whether a row holds several documents, padding aside.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    positions: Tensor
+    packed: bool
+
+    @cached_property
+    def labels_N(self) -> Tensor:
+        """Next-token ids of the valid tokens, int64 [N]."""
+        return self.labels.flatten().index_select(0, self.positions + 1)
+
+    @cached_property
+    def real_BL(self) -> Tensor:
+        """Whether a position holds a token rather than padding, bool."""
+        return self.attention_mask.bool()
+
+    @cached_property
+    def document_BL(self) -> Tensor:
+        """Number of the document that a position belongs to, int64."""
+        return (self.position_ids == 0).cumsum(-1)
+
+    @cached_property
+    def query_BL(self) -> Tensor:
+        """Whether a valid token has an earlier one in its document, bool: the first has but itself to look at."""
+        valid_T = torch.zeros(self.position_ids.numel(), dtype=torch.bool, device=self.positions.device)
+        return valid_T.index_fill_(0, self.positions, True).view_as(self.position_ids) & (self.position_ids > 0)
+
+    @cached_property
+    def query_N(self) -> Tensor:
+        """The same for each valid token, bool [N]."""
+        return self.position_ids.flatten().index_select(0, self.positions) > 0
+
+    def valid(self, states_BLD: Tensor) -> Tensor:
+        """States at the valid tokens, (B, L, D) -> (N, D)."""
+        return states_BLD.flatten(0, 1).index_select(0, self.positions)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Tokens":
+        """The same on another device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Tokens":
+        """The same in pinned host memory."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Any) -> "Tokens":
+        return replace(self, **{name: change(value) for name, value in self.tensors().items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name."""
+        return {field.name: value for field in fields(self) if isinstance(value := getattr(self, field.name), Tensor)}
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What a loader yields.
+
+    Args:
+        student: tokens as the student reads them.
+        teacher: the same documents as the teacher reads them; the same object unless the tokenizers differ.
+        units: kind of unit -> count over the whole optimizer step and all ranks in training, over this batch in
+            evaluation.
+        bytes: of text behind the labels.
+        rows: numbers of the rows in the table that they come from; none for a stream's, and for a row without labels
+            that only keeps the ranks in step.
+    """
+
+    student: Tokens
+    teacher: Tokens
+    units: dict[str, int]
+    bytes: int
+    rows: tuple[int, ...] = ()
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The same on another device."""
+        return self._with(self.student.to(device, non_blocking), lambda: self.teacher.to(device, non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        """The same in pinned host memory."""
+        return self._with(self.student.pin_memory(), self.teacher.pin_memory)
+
+    def _with(self, student: Tokens, teacher: Any) -> "Batch":
+        return replace(self, student=student, teacher=student if self.teacher is self.student else teacher())
+
+    def plain(self) -> dict[str, Any]:
+        """Tensors and numbers by name, so that a saved batch loads without this program."""
+        parts: dict[str, Any] = {**self.student.tensors(), "packed": self.student.packed}
+        if self.teacher is not self.student:
+            parts["teacher"] = {**self.teacher.tensors(), "packed": self.teacher.packed}
+        return parts | {"units": self.units, "bytes": self.bytes, "rows": list(self.rows)}

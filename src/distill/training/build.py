@@ -1,0 +1,73 @@
+"""Teacher and student of a run, loaded, checked and ready to be placed; everything that can refuse them does so here.
+
+A student that is cut from its teacher needs the teacher whole in memory first.
+"""
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from distill.errors import UserError
+from distill.models import load
+from distill.models.cut import most_important_layers
+from distill.models.head import check_lm_head, lm_head_of
+from distill.models.precision import teacher_dtype
+from distill.training.options import ModelOptions
+
+
+def build_models(options: ModelOptions, trainer: L.Trainer) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Teacher, in the dtype that `teacher_dtype` means, and student, in fp32 and train mode.
+
+    Raises:
+        UserError: a model that cannot be had, read, packed or cut as the options say.
+    """
+    data = data_of(trainer)
+    target = teacher_dtype(options.teacher_dtype, str(trainer.precision), trainer.strategy.root_device.type)
+    sources: dict[str, Any] = options.student_sources
+    loaded = torch.float32 if options.student_layers is not None else target
+    teacher = load.load_model(options.teacher, dtype=loaded, key="model.teacher", **options.load_options)
+    if options.student_layers_by == "importance" and isinstance(options.student_layers, int):
+        kept = most_important_layers(teacher, options.student_layers, calibration_ids(data))
+        sources = sources | {"student_layers": kept}
+    sources |= options.load_options
+    student = load.build_student(teacher, options.teacher, **sources)
+    check_lm_head(teacher, lm_head_of(teacher))
+    check_lm_head(student, lm_head_of(student))
+    if getattr(data, "packing", False):
+        load.check_packing(teacher, "model.teacher")
+        load.check_packing(student, "model.student")
+    if options.lora is not None:
+        options.lora.add_to(student)
+    if options.gradient_checkpointing:
+        student.activation_checkpointing_enable()
+    return nn.Module.to(teacher, target), student.train()
+
+
+def data_of(trainer: L.Trainer) -> L.LightningDataModule | None:
+    """The datamodule that a trainer was given, if it was."""
+    data: L.LightningDataModule | None = getattr(trainer, "datamodule", None)
+    return data
+
+
+def calibration_ids(data: L.LightningDataModule | None) -> Tensor:
+    """Token ids [B, L] of a datamodule's first training rows.
+
+    Raises:
+        UserError: it reads a stream.
+    """
+    rows = getattr(data, "train_rows", None)
+    if rows is None:
+        raise UserError("model.student_layers_by: importance is measured on rows of a table; for streams set even")
+    first = [torch.as_tensor(rows[index]["input_ids"]) for index in range(min(8, len(rows)))]
+    return nn.utils.rnn.pad_sequence(first, batch_first=True)
+
+
+def max_context(options: ModelOptions) -> int | None:
+    """The shorter of the two models' contexts, in tokens, from their configurations; None = unlimited."""
+    sources = [options.teacher, options.student or options.student_config]
+    remote = options.trust_remote_code
+    configs = [load.load_config(source, trust_remote_code=remote) for source in sources if source is not None]
+    return min((length for config in configs if (length := load.max_context(config)) is not None), default=None)
