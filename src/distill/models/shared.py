@@ -11,7 +11,7 @@ def shared_parameters(model: nn.Module) -> dict[str, list[str]]:
     """Name of each parameter that shares memory -> the other names of that memory; views that overlap count.
 
     Args:
-        model: with its weights, so not on the meta device; not sharded.
+        model: on any device, the meta device too; not sharded.
 
     Example:
         >>> twins = nn.ModuleDict({"one": nn.Linear(2, 2, bias=False), "two": nn.Linear(2, 2, bias=False)})
@@ -22,9 +22,10 @@ def shared_parameters(model: nn.Module) -> dict[str, list[str]]:
     spans = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.numel():
-            storage = parameter.untyped_storage().data_ptr()
+            memory = parameter.untyped_storage()
+            storage = memory.data_ptr() or memory._cdata  # on the meta device all addresses are 0
             last = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
-            start = parameter.data_ptr()
+            start = parameter.storage_offset() * parameter.element_size()
             spans.append((storage, start, start + (last + 1) * parameter.element_size(), name))
     others: dict[str, list[str]] = {}
     spans.sort()
