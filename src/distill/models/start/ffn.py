@@ -94,6 +94,12 @@ class Block:
     expert_M: Tensor
     constants_ED: Tensor | None = None
 
+    def of(self, expert: int) -> Neurons:
+        """The neurons of an expert, with the bias of its output; -1: those that are always on."""
+        index_I = (self.expert_M == expert).nonzero()[:, 0]
+        neurons = self.neurons[slice(int(index_I[0]), int(index_I[-1]) + 1)]
+        return neurons if self.constants_ED is None else replace(neurons, constant_D=self.constants_ED[expert])
+
 
 def ffn_of(layer: nn.Module, where: str = "model.student_intermediate_size") -> nn.Module:
     """The FFN or MoE block of a layer.
@@ -163,6 +169,27 @@ def write_ffn(module: nn.Module, neurons: Neurons) -> None:
         experts.gate_up_proj_bias[0].copy_(bias_PM.flatten() if _concatenated(experts) else _interleaved(bias_PM, 0))
         if neurons.constant_D is not None:
             experts.down_proj_bias[0].copy_(neurons.constant_D)
+
+
+@torch.no_grad()
+def write_expert(block: Block, expert: int, neurons: Neurons) -> None:
+    """Puts what the neurons of an expert write, or of the shared ones at -1, into a block and into its module."""
+    experts: Any = block.experts
+    index_I = (block.expert_M == expert).nonzero()[:, 0]
+    block.neurons.outward_MD[index_I] = neurons.outward_MD
+    if expert < 0:
+        parts = [child for name, child in block.module.named_children() if name in SHARED]
+        sizes = [len(_dense(part, "")) for part in parts]
+        for part, outward_ID in zip(parts, neurons.outward_MD.split(sizes), strict=True):
+            found = _matrices(part)
+            assert found is not None, type(part).__name__
+            _weight(found[1]).copy_(outward_ID.T)
+        return
+    transposed = bool(getattr(experts, "is_transposed", False))
+    experts.down_proj[expert].copy_(neurons.outward_MD if transposed else neurons.outward_MD.T)
+    if block.constants_ED is not None and neurons.constant_D is not None:
+        block.constants_ED[expert] = neurons.constant_D
+        experts.down_proj_bias[expert].copy_(neurons.constant_D)
 
 
 def has_constant(module: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """Training a layer or an FFN alone, with nothing of the model around it, towards states that the teacher gives.
 
-AdamW with a cosine from its peak to zero, on batches drawn by a seed. What does not come nearer to its target on the
+AdamW with a cosine from its peak to zero, on batches drawn by a seed. Its peak falls with the width, as the sizes of
+weights and of steps that change them do [arXiv 2203.03466]. What does not come nearer to its target on the
 calibration rows is put back as it was, so a rate that is too high costs time and harms nothing.
 
 Shapes: R rows, L positions, D width, N counted positions.
@@ -8,19 +9,60 @@ Shapes: R rows, L positions, D width, N counted positions.
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 STEP_TOKENS = 512  # of a batch
+RATE_TIMES_WIDTH = 0.2  # 3.5e-4 at a width of 576, 1.6e-3 at 128
 Tell = Callable[[float], None]  # takes the share that is done
 
 
-def unexplained(states_ND: Tensor, target_ND: Tensor) -> float:
-    """|states - target|^2 / |target - its mean|^2: 0 where they agree, 1 = no better than a constant."""
-    states_ND, target_ND = states_ND.float(), target_ND.float()
-    spread = (target_ND - target_ND.mean(0)).square().sum(dtype=torch.float64)
-    return float((states_ND - target_ND).square().sum(dtype=torch.float64) / spread.clamp(min=1e-30))
+def unexplained(states_ND: Tensor, target_ND: Tensor, weight_N: Tensor) -> float:
+    """Weighted |states - target|^2 / |target - its mean|^2: 0 where they agree, 1 = no better than a constant."""
+    states_ND, target_ND, weight_N1 = states_ND.float(), target_ND.float(), weight_N.float()[:, None]
+    mean_D = (target_ND * weight_N1).sum(0) / weight_N1.sum()
+    spread = ((target_ND - mean_D).square() * weight_N1).sum(dtype=torch.float64)
+    wrong = ((states_ND - target_ND).square() * weight_N1).sum(dtype=torch.float64)
+    return float(wrong / spread.clamp(min=1e-30))
+
+
+def token_weights(states_RLD: Tensor, counted_RL: Tensor) -> Tensor:
+    """1 / mean square of a state [R, L], 0 where it does not count.
+
+    Whatever reads the stream divides by that first, so an error in a state of a thousand times the usual size, which
+    many models have at a few tokens, is a thousandth of what it seems; without this it is all that is fitted.
+    """
+    size_RL = states_RLD.float().square().mean(-1)
+    least = 1e-6 * size_RL[counted_RL].mean()
+    return counted_RL / size_RL.clamp(min=least)
+
+
+@dataclass(frozen=True, eq=False)
+class Goal:
+    """What a layer is to reach.
+
+    Args:
+        raw_RLD: the state behind it, in the student's axes.
+        raw_weight_RL: of each token's squared error there; 0 = does not count.
+        shown_RLD: what its error is measured on: the same, or what the final norm makes of it where it is the last.
+        weight_RL: of each token's squared error there.
+        gain_D: how much the next layer makes of each channel; None = of all alike.
+        last: whether it is the student's last.
+    """
+
+    raw_RLD: Tensor
+    raw_weight_RL: Tensor
+    shown_RLD: Tensor
+    weight_RL: Tensor
+    gain_D: Tensor | None
+    last: bool
+
+    def error(self, states_RLD: Tensor) -> float:
+        """The share of the target that states leave unexplained."""
+        counted_RL = self.weight_RL > 0
+        return unexplained(states_RLD[counted_RL], self.shown_RLD[counted_RL], self.weight_RL[counted_RL])
 
 
 def train_alone(

@@ -14,16 +14,27 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distill.models.blocks import moe_block, moe_layers
+from distill.models.blocks import moe_layers
+from distill.models.cut import cut_layers
 from distill.models.layers import decoder_layers
-from distill.models.start.ffn import ffn_of, has_constant, read_block, write_ffn
-from distill.models.start.fit import STEP_TOKENS, Kept, Tell, batches, train_alone, unexplained
+from distill.models.start.experts import refit_experts
+from distill.models.start.ffn import Block, ffn_of, has_constant, read_block, write_ffn
+from distill.models.start.fit import (
+    RATE_TIMES_WIDTH,
+    STEP_TOKENS,
+    Goal,
+    Kept,
+    Tell,
+    batches,
+    token_weights,
+    train_alone,
+)
 from distill.models.start.narrow import Axes, check_narrowable, ffn_norm, principal_axes, turn
-from distill.models.start.neurons import narrow_ffn
-from distill.models.start.site import Seen, site_of, watching
+from distill.models.start.neurons import Task, narrow_ffn
+from distill.models.start.site import Seen, reading_gain, site_of, watching
 from distill.models.start.skeleton import build, copy_shared, student_config
 from distill.models.start.walk import Rows, Walk
 
@@ -35,13 +46,13 @@ class StudentFit:
     Args:
         tokens: calibration tokens, of training rows; auto = 16,384, and 30 for each neuron of an FFN that is chosen.
         steps: optimizer steps of each layer or FFN alone, of 512 tokens; 0 = none, only what has a closed form.
-        learning_rate: their peak.
+        learning_rate: their peak; null = 0.2 / width of the residual stream.
         seed: of the batches' order.
     """
 
     tokens: int | Literal["auto"] = "auto"
     steps: int = 60
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     seed: int = 0
 
 
@@ -128,6 +139,8 @@ def _cut(teacher: PreTrainedModel, shape: Shape, rows: Rows, place: Place) -> tu
     if shape.hidden_size is not None:
         check_narrowable(teacher, shape.hidden_size)
     width = shape.intermediate_size
+    if width is None and shape.hidden_size is None:
+        return cut_layers(teacher, shape.layers).float(), None
     student = build(student_config(teacher, shape.layers, width, shape.hidden_size), teacher)
     if shape.hidden_size is None:
         copy_shared(student, teacher, shape.layers)
@@ -158,7 +171,7 @@ class _Making:
         self.teacher, self.student, self.shape, self.rows, self.fit, self.place = (
             teacher, student, shape, rows, fit, place,
         )  # fmt: skip
-        self.axes = axes
+        self.axes = None if axes is None else Axes(axes.axes_DK.to(place.device), axes.scale)
         self.depth = len(decoder_layers(teacher))
         self.cut_deep = len(shape.layers) < self.depth
         self.theirs = Walk(teacher, rows, place.device, place.autocast)
@@ -175,42 +188,53 @@ class _Making:
             with watching(decoder_layers(self.teacher)[index]) as seen:
                 teacher_RLD = self.theirs.advance(range(start, stop), teacher_RLD)
             tell(layer, 0.3)
+            goal = self._goal(teacher_RLD, stop)
             found, student_RLD = self._make_layer(
-                layer, index, teacher_RLD, student_RLD, seen, partial(_tell_layer, tell, layer)
+                layer, index, goal, student_RLD, seen, partial(_tell_layer, tell, layer)
             )
             fits.append(found)
             tell(layer, 1.0)
             start = stop
         return fits
 
+    def _goal(self, teacher_RLD: Tensor, stop: int) -> Goal:
+        """What a layer is to reach: the teacher's states before its layer `stop`."""
+        raw_RLD, counted_RL = self._turned(teacher_RLD), self.rows.counted_RL
+        weight_RL = token_weights(raw_RLD, counted_RL)
+        if stop < self.depth:
+            gain_D = reading_gain(decoder_layers(self.teacher)[stop], teacher_RLD) if self.axes is None else None
+            return Goal(raw_RLD, weight_RL, raw_RLD, weight_RL, gain_D, False)
+        return Goal(raw_RLD, weight_RL, self._normed(teacher_RLD), counted_RL.float(), None, True)
+
     def _make_layer(
-        self, layer: int, index: int, teacher_RLD: Tensor, student_RLD: Tensor, seen: "Seen", tell: Tell
+        self, layer: int, index: int, goal: Goal, student_RLD: Tensor, seen: Seen, tell: Tell
     ) -> tuple[LayerFit, Tensor]:
-        """Fills and fits one layer; returns how near it came and the student's states behind it."""
-        raw_RLD = self._turned(teacher_RLD)
-        last = layer + 1 == len(self.shape.layers)
-        target_RLD = self._normed(teacher_RLD) if last else raw_RLD
-        span, counted = range(layer, layer + 1), self.rows.counted_RL
-        chosen = self._fill(layer, index, raw_RLD, student_RLD, seen)
-        before = unexplained(self.mine.advance(span, student_RLD, last)[counted], target_RLD[counted])
-        after, trained = before, "nothing"
-        if self.fit.steps and (chosen or self.cut_deep):
-            trained = "layer" if self.cut_deep or self.axes is not None else "ffn"
+        """Fills and fits one layer; returns how near it came and the student's states behind it, or after the norm."""
+        span = range(layer, layer + 1)
+        task = self._fill(layer, index, goal, student_RLD, seen)
+        after_RLD = self.mine.advance(span, student_RLD, goal.last).float()
+        before = after = goal.error(after_RLD)
+        trained = "nothing"
+        if self.fit.steps and (task is not None or self.cut_deep):
+            whole = self.cut_deep or self.axes is not None
             kept = Kept(self.mine.layers[layer])
             with self.mine.present(span):
-                if trained == "layer":
-                    self._train_layer(layer, student_RLD, target_RLD, last, tell)
+                if whole or task is None:
+                    self._train_layer(layer, student_RLD, goal, tell)
                 else:
-                    self._train_ffn(layer, raw_RLD, student_RLD, seen, tell)
-            after = unexplained(self.mine.advance(span, student_RLD, last)[counted], target_RLD[counted])
-            if not after < before:
+                    self._train_ffn(layer, task, tell)
+            fitted_RLD = self.mine.advance(span, student_RLD, goal.last).float()
+            after = goal.error(fitted_RLD)
+            if after < before:
+                after_RLD, trained = fitted_RLD, "layer" if whole else "ffn"
+            else:
                 kept.put_back()
-                after, trained = before, "nothing"
-        return LayerFit(layer, index, trained, before, after), self.mine.advance(span, student_RLD).float()
+                after = before
+        return LayerFit(layer, index, trained, before, after), after_RLD
 
     def _turned(self, states_RLD: Tensor) -> Tensor:
         """The teacher's states in the student's axes."""
-        return states_RLD.float() if self.axes is None else states_RLD.float() @ self.axes.axes_DK.to(states_RLD.device)
+        return states_RLD.float() if self.axes is None else states_RLD.float() @ self.axes.axes_DK
 
     def _normed(self, states_RLD: Tensor) -> Tensor:
         """What the student's final norm should give."""
@@ -220,84 +244,92 @@ class _Making:
         unit_RLD = states_RLD * torch.rsqrt(states_RLD.square().mean(-1, keepdim=True) + 1e-6)
         return self._turned(unit_RLD) / self.axes.scale
 
-    def _fill(self, layer: int, index: int, raw_RLD: Tensor, student_RLD: Tensor, seen: "Seen") -> bool:
-        """Gives a layer its FFN; whether it is another than the teacher's."""
-        source, target = decoder_layers(self.teacher)[index], ffn_of(self.mine.layers[layer])
+    def _fill(self, layer: int, index: int, goal: Goal, student_RLD: Tensor, seen: Seen) -> Task | None:
+        """Gives a layer its FFN; returns what that is to do, None where it is the teacher's own."""
+        target = ffn_of(self.mine.layers[layer])
         width = self.shape.intermediate_size
         if width is None and self.axes is None and not self.cut_deep:
-            return False
-        if width is None and moe_block(source) is not None:
-            return False
-        block = read_block(source)
-        neurons = block.neurons.to(self.place.device)
-        block = replace(block, neurons=neurons, expert_M=block.expert_M.to(self.place.device))
-        if self.axes is None and not self.cut_deep and block.experts is None and len(neurons) == width:
-            write_ffn(target, neurons)
-            return False
-        if self.axes is not None:
-            axes = Axes(self.axes.axes_DK.to(self.place.device), self.axes.scale)
-            norm_D = ffn_norm(self.teacher, index).to(self.place.device)
-            constants = block.constants_ED
-            block = replace(
-                block,
-                neurons=axes.neurons(neurons, norm_D),
-                constants_ED=None if constants is None else constants.float() @ axes.axes_DK,
-            )
-        states_ND, target_ND = self._ffn_task(layer, raw_RLD, student_RLD, seen)
-        gates_NE = seen.gates(len(self.rows.counted_RL.flatten()), block)
-        gates_NE = None if gates_NE is None else gates_NE[self.rows.counted_RL.flatten()]
-        generator = torch.Generator().manual_seed(self.fit.seed + layer)
-        chosen = narrow_ffn(
-            block,
-            states_ND,
-            target_ND,
-            gates_NE,
-            width or len(neurons),
-            constant=has_constant(target),
-            generator=generator,
-        )
-        write_ffn(target, chosen)
-        return True
-
-    def _ffn_task(self, layer: int, raw_RLD: Tensor, student_RLD: Tensor, seen: "Seen") -> tuple[Tensor, Tensor]:
-        """What a layer's FFN reads on the student's states, and what it should write, at the counted positions."""
-        counted = self.rows.counted_RL
+            return None
+        block = self._block(index)
+        if self.axes is None and not self.cut_deep and block.experts is None and len(block.neurons) == width:
+            write_ffn(target, block.neurons)
+            return None
+        counted_RL = self.rows.counted_RL
         site = site_of(self.mine, layer, student_RLD)
         if site.factor is None:  # behind a norm of its own: what the teacher's wrote, before that norm
-            target_ND = torch.cat(seen.outputs).flatten(0, 1)[counted.flatten()].float()
+            target_ND = torch.cat(seen.outputs).flatten(0, 1)[counted_RL.flatten()].float()
         else:
-            target_ND = ((raw_RLD - site.without_RLD) / site.factor)[counted]
-        return site.inputs_RLD[counted], target_ND
-
-    def _train_layer(self, layer: int, student_RLD: Tensor, target_RLD: Tensor, last: bool, tell: Tell) -> None:
-        length = student_RLD.shape[1]
-        drawn = batches(
-            len(student_RLD), min(len(student_RLD), max(1, round(STEP_TOKENS / length))), self.fit.seed + layer
+            target_ND = ((goal.raw_RLD - site.without_RLD) / site.factor)[counted_RL]
+        task = Task(site.inputs_RLD[counted_RL], target_ND, goal.raw_weight_RL[counted_RL])
+        if width is None and block.experts is not None:
+            mine = read_block(self.mine.layers[layer])
+            gates_TE = site.seen.gates(counted_RL.numel(), mine)
+            assert gates_TE is not None
+            refit_experts(self._elsewhere(mine), task, gates_TE[counted_RL.flatten()])
+            return task
+        gates_TE = seen.gates(counted_RL.numel(), block)
+        chosen = narrow_ffn(
+            block,
+            task,
+            None if gates_TE is None else gates_TE[counted_RL.flatten()],
+            width or len(block.neurons),
+            constant=has_constant(target),
+            generator=torch.Generator().manual_seed(self.fit.seed + layer),
         )
-        counted_RL = self.rows.counted_RL
-        scale = target_RLD[counted_RL].var()
+        write_ffn(target, chosen)
+        return task
+
+    def _block(self, index: int) -> Block:
+        """The neurons of a teacher's layer, on the device, in fp32 and the student's axes."""
+        block = self._elsewhere(read_block(decoder_layers(self.teacher)[index]))
+        if self.axes is None:
+            return block
+        constants_ED = None if block.constants_ED is None else block.constants_ED @ self.axes.axes_DK
+        neurons = self.axes.neurons(block.neurons, ffn_norm(self.teacher, index).to(self.place.device))
+        return replace(block, neurons=neurons, constants_ED=constants_ED)
+
+    def _elsewhere(self, block: Block) -> Block:
+        """A block with its neurons on the device, in fp32."""
+        device, constants_ED = self.place.device, block.constants_ED
+        return replace(
+            block,
+            neurons=block.neurons.to(device),
+            expert_M=block.expert_M.to(device),
+            constants_ED=None if constants_ED is None else constants_ED.to(device, torch.float32),
+        )
+
+    def _train_layer(self, layer: int, student_RLD: Tensor, goal: Goal, tell: Tell) -> None:
+        rows, length = student_RLD.shape[:2]
+        drawn = batches(rows, min(rows, max(1, round(STEP_TOKENS / length))), self.fit.seed + layer)
+        root_RL = goal.weight_RL.sqrt() / goal.weight_RL[self.rows.counted_RL].mean().sqrt()
+        scale = (goal.shown_RLD[self.rows.counted_RL].var(0) * (1.0 if goal.gain_D is None else goal.gain_D**2)).mean()
 
         def loss_of(step: int) -> Tensor:
             part = next(drawn).to(self.place.device)
-            output_BLD = self.mine.through(range(layer, layer + 1), student_RLD[part], part)[last]
-            wrong_BLD = (output_BLD.float() - target_RLD[part]) * counted_RL[part][..., None]
-            return wrong_BLD.square().mean() / scale
+            output_BLD = self.mine.through(range(layer, layer + 1), student_RLD[part], part)[goal.last]
+            wrong_BLD = (output_BLD.float() - goal.shown_RLD[part]) * root_RL[part][..., None]
+            return (wrong_BLD if goal.gain_D is None else wrong_BLD * goal.gain_D).square().mean() / scale
 
-        train_alone(self.mine.layers[layer], loss_of, self.fit.steps, self.fit.learning_rate, tell)
+        self._train(self.mine.layers[layer], loss_of, tell)
 
-    def _train_ffn(self, layer: int, raw_RLD: Tensor, student_RLD: Tensor, seen: "Seen", tell: Tell) -> None:
-        states_ND, target_ND = self._ffn_task(layer, raw_RLD, student_RLD, seen)
-        drawn = batches(len(states_ND), min(len(states_ND), STEP_TOKENS), self.fit.seed + layer)
-        module, scale = ffn_of(self.mine.layers[layer]), target_ND.var()
+    def _train_ffn(self, layer: int, task: Task, tell: Tell) -> None:
+        drawn = batches(len(task.states_ND), min(len(task.states_ND), STEP_TOKENS), self.fit.seed + layer)
+        module, scale = ffn_of(self.mine.layers[layer]), task.target_ND.var()
+        weight_N = task.weight_N / task.weight_N.mean()
 
         def loss_of(step: int) -> Tensor:
             part = next(drawn).to(self.place.device)
             with torch.autocast(self.place.device.type, self.place.autocast, enabled=self.place.autocast is not None):
-                output: Any = module(states_ND[part][None])
+                output: Any = module(task.states_ND[part][None])
             output_ND = (output[0] if isinstance(output, tuple) else output)[0]
-            return (output_ND.float() - target_ND[part]).square().mean() / scale
+            wrong_ND = output_ND.float() - task.target_ND[part]
+            return (wrong_ND.square() * weight_N[part, None]).mean() / scale
 
-        train_alone(module, loss_of, self.fit.steps, self.fit.learning_rate, tell)
+        self._train(module, loss_of, tell)
+
+    def _train(self, module: nn.Module, loss_of: Callable[[int], Tensor], tell: Tell) -> None:
+        rate = self.fit.learning_rate or RATE_TIMES_WIDTH / self.student.config.hidden_size
+        train_alone(module, loss_of, self.fit.steps, rate, tell)
 
 
 def calibration_tokens(shape: Shape, fit: StudentFit, teacher: PreTrainedModel) -> int:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from distill.models.start.ffn import Block, ffn_of
 from distill.models.start.walk import Walk
 
+FIRST_NORMS = ("input_layernorm", "ln_1", "attention_norm", "self_attn_layer_norm")
+
 
 class Seen:
     """What a teacher layer's block did while the teacher went through it.
@@ -67,11 +69,13 @@ class Site:
         inputs_RLD: what it reads.
         without_RLD: the layer's output if it wrote nothing.
         factor: by which what it writes is added to that; None where it goes through a norm first.
+        seen: its routing there, where it is a MoE block.
     """
 
     inputs_RLD: Tensor
     without_RLD: Tensor
     factor: float | None
+    seen: Seen
 
 
 @torch.no_grad()
@@ -90,8 +94,11 @@ def site_of(walk: Walk, layer: int, states_RLD: Tensor) -> Site:
 
     module, span = ffn_of(walk.layers[layer]), range(layer, layer + 1)
     handles = [module.register_forward_pre_hook(reads, with_kwargs=True), module.register_forward_hook(writes)]
+    if not hasattr(module, "experts"):  # its own output is not needed; a block's may come with more
+        module.forward = _nothing
     try:
-        without_RLD = walk.advance(span, states_RLD).float()
+        with watching(walk.layers[layer]) as seen:
+            without_RLD = walk.advance(span, states_RLD).float()
         read_RLD = torch.cat(inputs).float()
         part = next(walk.rows.parts())
         shape = without_RLD[part].shape
@@ -100,9 +107,26 @@ def site_of(walk: Walk, layer: int, states_RLD: Tensor) -> Site:
         with walk.present(span):
             change_BLD = walk.through(span, states_RLD[part], part)[0].float() - without_RLD[part]
     finally:
+        module.__dict__.pop("forward", None)
         for handle in handles:
             handle.remove()
     made_up_BLD = written[0].expand_as(change_BLD)
     factor = float((change_BLD * made_up_BLD).sum() / made_up_BLD.square().sum())
     linear = (change_BLD - factor * made_up_BLD).abs().max() <= 2e-2 * change_BLD.abs().max()
-    return Site(read_RLD, without_RLD, factor if bool(linear) and factor else None)
+    return Site(read_RLD, without_RLD, factor if bool(linear) and factor else None, seen)
+
+
+def _nothing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return hidden_states
+
+
+@torch.no_grad()
+def reading_gain(layer: nn.Module, states_RLD: Tensor) -> Tensor | None:
+    """How much a layer's first norm makes of each channel (D); None where it has none by a known name."""
+    norm: Any = next((getattr(layer, name) for name in FIRST_NORMS if hasattr(layer, name)), None)
+    if norm is None:
+        return None
+    width, weight = states_RLD.shape[-1], next(norm.parameters())
+    made_up_ND = torch.randn(256, width, generator=torch.Generator().manual_seed(0)).to(weight)
+    gain_D: Tensor = norm(made_up_ND).float().std(0)
+    return gain_D.to(states_RLD.device)
