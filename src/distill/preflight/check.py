@@ -51,6 +51,7 @@ from distill.preflight.tables import (
 )
 from distill.training.callbacks.curriculum import Curriculum
 from distill.training.horizon import check_validation_interval, horizon_of
+from distill.training.lightning_internals import callbacks_of
 from distill.training.module import DistillationModule
 from distill.training.objective import Losses
 
@@ -80,7 +81,7 @@ class Check:
     @property
     def curriculum(self) -> Curriculum:
         """The run's curriculum."""
-        found = [callback for callback in self.trainer.callbacks if isinstance(callback, Curriculum)]  # type: ignore[attr-defined]
+        found = callbacks_of(self.trainer, Curriculum)
         return found[0] if found else Curriculum()
 
 

@@ -7,15 +7,46 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distill.errors import UserError
 from distill.models import load
 from distill.models.cut import most_important_layers
+from distill.models.fsdp2 import check_strategy, shard
 from distill.models.head import check_lm_head, lm_head_of
 from distill.models.precision import teacher_dtype
+from distill.models.trace import merged
+from distill.teachers.online import OnlineTeacher, quantize
+from distill.teachers.source import Run, TargetSource
 from distill.training.options import ModelOptions
+
+
+def build(options: ModelOptions, trainer: L.Trainer) -> tuple[PreTrainedModel, TargetSource]:
+    """Student and opened teacher of a run, with the components built, sharded and compiled where that is asked for.
+
+    Raises:
+        UserError: what `build_models`, a component's `build` or the teacher's `open` refuses.
+    """
+    strategy, components = trainer.strategy, list(options.components.values())
+    check_strategy(strategy)
+    torch.set_float32_matmul_precision(options.matmul_precision)
+    teacher, student = build_models(options, trainer)
+    rows = getattr(data_of(trainer), "per_device_batch_size", None)
+    for component in components:
+        component.build(teacher, student, rows)
+    source = OnlineTeacher(teacher, options.teacher_top_k)
+    needs = merged(component.teacher_needs for component in components)
+    source.open(Run(options.kd_loss, needs, lm_head_of(student).vocab_size))
+    if options.teacher_quantization is not None:
+        quantize(teacher)
+    if isinstance(strategy, ModelParallelStrategy):
+        shard(strategy, teacher, student, [part for part in components if isinstance(part, nn.Module)])
+    if options.torch_compile:
+        student.get_decoder().compile()
+        teacher.get_decoder().compile()
+    return student, source
 
 
 def build_models(options: ModelOptions, trainer: L.Trainer) -> tuple[PreTrainedModel, PreTrainedModel]:

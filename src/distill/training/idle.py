@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.losses.component import Component
+from distill.models.fsdp2 import local_sum
 
 
 class IdleParameters:
@@ -24,6 +25,7 @@ class IdleParameters:
 
     def __init__(self, student: nn.Module, components: Iterable[Component]) -> None:
         self.student, self.components = student, list(components)
+        self._anchored: list[nn.Parameter] = []
         self._of_student: dict[tuple[str, ...], list[nn.Parameter]] = {}
 
     def __call__(self, weights: dict[str, float], total: Tensor) -> list[nn.Parameter]:
@@ -43,3 +45,15 @@ class IdleParameters:
                 trained = [p for p, gradient in zip(trained, found, strict=True) if gradient is None]
             self._of_student = {active: trained}
         return idle + self._of_student[active]
+
+    def anchored(self, total: Tensor, weights: dict[str, float] | None) -> Tensor:
+        """The loss with the idle parameters tied to it by a factor of zero; as it is where `weights` is None."""
+        self._anchored = self(weights, total) if weights is not None else []
+        if not self._anchored:
+            return total
+        return total + sum((local_sum(p) for p in self._anchored), torch.zeros((), device=total.device)) * 0.0
+
+    def forget(self) -> None:
+        """Takes the gradient from those that were tied: the optimizer must neither move nor decay them."""
+        for parameter in self._anchored:
+            parameter.grad = None

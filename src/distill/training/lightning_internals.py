@@ -4,9 +4,12 @@ Lightning may change these without notice: `tests/training/test_lightning_intern
 pyproject.toml allows the minor versions that were run.
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+Kind = TypeVar("Kind", bound=Callback)
 
 
 def validate_between_steps(trainer: L.Trainer) -> None:
@@ -46,3 +49,9 @@ def leave_batches_as_they_are(trainer: L.Trainer) -> None:
     They cast its floating-point tensors, of which a `Batch` has none, and refuse frozen dataclasses.
     """
     trainer.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
+
+
+def callbacks_of(trainer: L.Trainer, kind: type[Kind]) -> list[Kind]:
+    """A trainer's callbacks of one class; Lightning sets the attribute that its class does not declare."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, kind)]

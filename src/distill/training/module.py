@@ -12,7 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,21 +23,20 @@ from distill.curriculum import WEIGHT_KEY, WEIGHT_KEYS, CurriculumState
 from distill.errors import UserError
 from distill.losses.component import Component
 from distill.losses.engine.metrics import DistillationMetrics
-from distill.models.fsdp2 import check_sharded, check_strategy, local_sum, shard
-from distill.models.head import lm_head_of
-from distill.models.trace import merged
-from distill.teachers.online import OnlineTeacher, quantize
-from distill.teachers.source import Run, TargetSource
-from distill.training.build import build_models, data_of, max_context
+from distill.models.fsdp2 import check_sharded
+from distill.teachers.source import TargetSource
+from distill.training.build import build, max_context
+from distill.training.entry import entry, settings
 from distill.training.horizon import horizon_of
 from distill.training.idle import IdleParameters
 from distill.training.lightning_internals import (
+    callbacks_of,
     leave_batches_as_they_are,
     load_loader_states,
     validate_between_steps,
 )
 from distill.training.objective import Losses, objective
-from distill.training.optim import CONFIGURED, adamw, clip_gradients, configuration_wins, warmup_cosine
+from distill.training.optim import CONFIGURED, clip_gradients, configuration_wins, configure
 from distill.training.options import ModelOptions
 from distill.training.step_sums import StepSums, Throughput, step_figures
 from distill.training.validation_sums import ValidationSums
@@ -83,7 +82,6 @@ class DistillationModule(L.LightningModule):
         self._horizon = 0
         self._configured: list[dict[str, Any]] = []
         self._idle: IdleParameters | None = None
-        self._anchored: list[nn.Parameter] = []
 
     # Set-up
 
@@ -91,7 +89,7 @@ class DistillationModule(L.LightningModule):
         """`ExactResume()`, where the trainer has none."""
         from distill.training.callbacks.resume import ExactResume  # which knows this module
 
-        return [] if _has(self.trainer, ExactResume) else [ExactResume()]
+        return [] if callbacks_of(self.trainer, ExactResume) else [ExactResume()]
 
     def setup(self, stage: str) -> None:
         leave_batches_as_they_are(self.trainer)
@@ -125,37 +123,22 @@ class DistillationModule(L.LightningModule):
         """Loads both models, once; the student is built here so that a strategy can place it."""
         if self.student is not None:
             return
-        options, strategy = self.options, self.trainer.strategy
-        check_strategy(strategy)
-        torch.set_float32_matmul_precision(options.matmul_precision)
-        teacher, self.student = build_models(options, self.trainer)
-        rows = getattr(data_of(self.trainer), "per_device_batch_size", None)
-        for component in self.features:
-            component.build(teacher, self.student, rows)
+        self.student, self.teacher = build(self.options, self.trainer)
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            check_sharded(self)
         # All ranks hold the same in the components' buffers: DDP need not send them around before each forward pass.
         self._ddp_params_and_buffers_to_ignore = [
             f"{key}.{name}"
-            for key, component in options.components.items()
+            for key, component in self.options.components.items()
             if isinstance(component, nn.Module)
             for name, _ in component.named_buffers()
         ]
         self._idle = IdleParameters(self.student, self.features)
-        self.teacher = OnlineTeacher(teacher, options.teacher_top_k)
-        needs = merged(component.teacher_needs for component in self.features)
-        self.teacher.open(Run(options.kd_loss, needs, lm_head_of(self.student).vocab_size))
-        if options.teacher_quantization is not None:
-            quantize(teacher)
-        if isinstance(strategy, ModelParallelStrategy):
-            shard(strategy, teacher, self.student, self.auxiliaries)
-            check_sharded(self)
-        if options.torch_compile:
-            self.student.get_decoder().compile()
-            teacher.get_decoder().compile()
 
     def on_fit_start(self) -> None:
         from distill.training.callbacks.curriculum import Curriculum  # which knows this module
 
-        if not _has(self.trainer, Curriculum):
+        if not callbacks_of(self.trainer, Curriculum):
             rank_zero_info("No Curriculum among the callbacks: every loss weighs 1 throughout, at temperature 1.")
         self._place_teacher()
 
@@ -211,13 +194,9 @@ class DistillationModule(L.LightningModule):
         total, breakdown = result.total, result.breakdown
         due = self.step_is_read or self._logs_this_step()
         self.step_is_read, self.measure_inactive = False, frozenset()
-        self._anchored = []
-        if isinstance(self.trainer.strategy, DDPStrategy) or not total.requires_grad:
-            self._anchored = self._idle(self.component_weights(), total)
-            total = total + sum((local_sum(p) for p in self._anchored), torch.zeros((), device=self.device)) * 0.0
-
+        needed = isinstance(self.trainer.strategy, DDPStrategy) or not total.requires_grad
+        total = self._idle.anchored(total, self.component_weights() if needed else None)
         total = total * (1 + 0 * total.detach())  # where it is not finite, neither is any of its gradient
-
         if due:
             tokens, starts = len(batch.student.positions), batch_idx % accumulation == 0
             self._step_sums.add(breakdown, result.stats, tokens, accumulation, starts)
@@ -284,18 +263,10 @@ class DistillationModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """Fused AdamW with warm-up and cosine over optimizer steps."""
         assert self.student is not None
-        options, horizon = self.options, horizon_of(self.trainer)
-        if options.warmup_steps >= horizon:
-            rank_zero_warn(f"model.warmup_steps: {options.warmup_steps} outlasts the run of {horizon} steps.")
-        optimizer = adamw(
-            [(self.student, options.learning_rate), *((m, options.router_rate) for m in self.auxiliaries)],
-            weight_decay=options.weight_decay,
-            betas=options.betas,
-            fused=self.trainer.precision != "16-mixed",
-        )
-        self._horizon = horizon
+        self._horizon = horizon_of(self.trainer)
+        rates = [(self.student, self.options.learning_rate), *((m, self.options.router_rate) for m in self.auxiliaries)]
+        optimizer, schedule = configure(self.options, rates, self._horizon, fused=self.trainer.precision != "16-mixed")
         self._configured = [{key: group[key] for key in CONFIGURED} for group in optimizer.param_groups]
-        schedule = warmup_cosine(optimizer, options.warmup_steps, horizon, options.min_learning_rate_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
@@ -313,8 +284,8 @@ class DistillationModule(L.LightningModule):
             self.trainer.should_stop = True
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        for parameter in self._anchored:
-            parameter.grad = None
+        assert self._idle is not None
+        self._idle.forget()
 
     def configure_gradient_clipping(
         self,
@@ -332,33 +303,13 @@ class DistillationModule(L.LightningModule):
 
     # Checkpoints
 
-    def settings(self) -> dict[str, Any]:
-        """What a checkpoint is made with, as plain values."""
-        data, options = data_of(self.trainer), self.options.settings()
-        of_data = {
-            "model.teacher": options["model.teacher"],
-            "data.tokenizer": self._tokenizer_source(),
-            "data.packing": getattr(data, "packing", None),
-        }
-        return of_data | options
-
-    def _tokenizer_source(self) -> str:
-        return getattr(data_of(self.trainer), "tokenizer_source", None) or self.teacher_source
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         assert self.student is not None
-        generation = self.student.generation_config
-        if self.options.student_config is not None and self.teacher is not None:
-            # Random weights learn the teacher's tokens, and its own defaults for where to stop mean other ones.
-            generation = self.teacher.model.generation_config
-        run = contents.run_record(self.trainer, self.components)
-        lora = self.options.lora
-        source, data = self._tokenizer_source(), data_of(self.trainer)
-        recorded = contents.record(self.student, generation, source, lora, data, run)
-        checkpoint["distill"] = contents.describe(self.settings()) | recorded
+        teacher = self.teacher.model if self.teacher is not None else None
+        checkpoint["distill"] = entry(self.options, self.student, teacher, self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        contents.check(checkpoint, self.settings(), self.state_dict())
+        contents.check(checkpoint, settings(self.options, self.trainer), self.state_dict())
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -371,11 +322,6 @@ class DistillationModule(L.LightningModule):
             f"load_from_checkpoint: {checkpoint_path} has no teacher to go on with; distill.load_student(path).model "
             "is its student, and trainer.fit(module, data, ckpt_path=path) goes on with its run"
         )
-
-
-def _has(trainer: L.Trainer, kind: type[Callback]) -> bool:
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return any(isinstance(callback, kind) for callback in callbacks)
 
 
 def distilled(module: L.LightningModule) -> DistillationModule:

@@ -5,13 +5,32 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from distill.models.fsdp2 import whole_norm
+from distill.training.options import ModelOptions
 
 CONFIGURED = ("lr", "weight_decay", "betas")  # of a parameter group: what the configuration says
+
+
+def configure(
+    options: ModelOptions, rates: list[tuple[nn.Module, float]], horizon: int, fused: bool
+) -> tuple[AdamW, LambdaLR]:
+    """Optimizer and schedule of a run.
+
+    Args:
+        options: of the run.
+        rates: what learns, and its peak learning rate.
+        horizon: optimizer steps of the run.
+        fused: one kernel for all tensors of a group.
+    """
+    if options.warmup_steps >= horizon:
+        rank_zero_warn(f"model.warmup_steps: {options.warmup_steps} outlasts the run of {horizon} steps.")
+    optimizer = adamw(rates, weight_decay=options.weight_decay, betas=options.betas, fused=fused)
+    return optimizer, warmup_cosine(optimizer, options.warmup_steps, horizon, options.min_learning_rate_ratio)
 
 
 def adamw(

@@ -28,6 +28,7 @@ from distill.errors import AuditError
 from distill.training.callbacks.curriculum import Curriculum
 from distill.training.callbacks.text import run_directory
 from distill.training.callbacks.train_debug import unscaled
+from distill.training.lightning_internals import callbacks_of
 from distill.training.module import DistillationModule, distilled
 from distill.training.optim import step_back
 
@@ -127,8 +128,7 @@ class LossAudit(Callback):
         """Checks the weights at once, on the host, and queues the values, on the device."""
         breakdown: LossBreakdown = outputs["breakdown"]
         where = f"{phase} at step {module.curriculum.step}"
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        curriculum = next((c for c in callbacks if isinstance(c, Curriculum)), None)
+        curriculum = next(iter(callbacks_of(trainer, Curriculum)), None)
         state = curriculum.state_at(curriculum.step, curriculum.horizon) if curriculum else module.curriculum
         for name, weight in breakdown.weights.items():
             expected = state.weights[WEIGHT_KEY[name]]

@@ -1,0 +1,47 @@
+"""What a checkpoint says of a run: the entry `distill`, by which it is refused, exported and loaded later."""
+
+from typing import Any
+
+import lightning as L
+from transformers import PreTrainedModel
+
+from distill.checkpoints import contents
+from distill.training.build import data_of
+from distill.training.options import ModelOptions
+
+
+def settings(options: ModelOptions, trainer: L.Trainer) -> dict[str, Any]:
+    """What a checkpoint is made with, as plain values by YAML key."""
+    chosen = options.settings()
+    first = {
+        "model.teacher": chosen["model.teacher"],
+        "data.tokenizer": tokenizer_source(options, trainer),
+        "data.packing": getattr(data_of(trainer), "packing", None),
+    }
+    return first | chosen
+
+
+def tokenizer_source(options: ModelOptions, trainer: L.Trainer) -> str:
+    """Where the tokenizer comes from that the data is read with."""
+    return getattr(data_of(trainer), "tokenizer_source", None) or options.teacher
+
+
+def entry(
+    options: ModelOptions, student: PreTrainedModel, teacher: PreTrainedModel | None, trainer: L.Trainer
+) -> dict[str, Any]:
+    """The entry of a checkpoint that is written now.
+
+    Args:
+        options: of the run.
+        student: as it is trained.
+        teacher: None where there is none in memory.
+        trainer: whose datamodule, callbacks and metrics are recorded.
+    """
+    generation = student.generation_config
+    if options.student_config is not None and teacher is not None:
+        # Random weights learn the teacher's tokens, and its own defaults for where to stop mean other ones.
+        generation = teacher.generation_config
+    run = contents.run_record(trainer, options.losses)
+    source = tokenizer_source(options, trainer)
+    recorded = contents.record(student, generation, source, options.lora, data_of(trainer), run)
+    return contents.describe(settings(options, trainer)) | recorded
