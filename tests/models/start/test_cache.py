@@ -1,0 +1,89 @@
+"""A student is made once, whole or not at all."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from distill.models.start import cache
+from distill.models.start.cache import cached_student, digest, made_before
+from distill.models.start.make import CPU, Shape, StudentFit
+from distill.models.start.walk import Rows
+from helpers import tiny
+
+IDS = torch.randint(3, tiny.VOCAB, (6, 24), generator=torch.Generator().manual_seed(1))
+ROWS, FIT = Rows.of(IDS), StudentFit(steps=2)
+
+
+def test_a_second_run_reads_what_the_first_made(tmp_path, monkeypatch):
+    teacher, shape = tiny.tiny_qwen3_moe(), Shape([0, 1], 24)
+    assert made_before(teacher, shape, ROWS, FIT, CPU, tmp_path) is None
+    first, record = cached_student(teacher, shape, ROWS, FIT, CPU, tmp_path)
+    assert not record["cached"]
+    assert [layer["teacher_layer"] for layer in record["layers"]] == [0, 1]
+    monkeypatch.setattr(cache, "make_student", None)
+    second, again = cached_student(teacher, shape, ROWS, FIT, CPU, tmp_path)
+    assert again == record | {"cached": True}
+    assert type(first) is type(second)
+    assert second.training
+    assert not second.config.use_cache
+    assert first.state_dict().keys() == second.state_dict().keys()
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
+    assert made_before(teacher, shape, ROWS, FIT, CPU, tmp_path)["layers"] == record["layers"]
+
+
+@pytest.mark.parametrize("what", ["weight", "rows", "steps", "shape"])
+def test_another_teacher_data_or_option_is_another_student(what):
+    teacher, shape, rows, fit = tiny.tiny_llama(), Shape([0], 16), ROWS, FIT
+    name = digest(teacher, shape, rows, fit, CPU)
+    assert digest(tiny.tiny_llama(), shape, Rows.of(IDS.clone()), fit, CPU) == name
+    if what == "weight":
+        teacher.lm_head.weight.data[7, 3] += 1e-3
+    elif what == "rows":
+        rows = Rows.of(IDS.flip(0))
+    elif what == "steps":
+        fit = StudentFit(steps=3)
+    else:
+        shape = Shape([1], 16)
+    assert digest(teacher, shape, rows, fit, CPU) != name
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+import torch
+from transformers import PreTrainedModel
+from distill.models.start.cache import cached_student
+from distill.models.start.make import CPU, Shape, StudentFit
+from distill.models.start.walk import Rows
+from helpers import tiny
+
+saved = PreTrainedModel.save_pretrained
+def killed(self, *args, **kwargs):
+    saved(self, *args, **kwargs)
+    os.kill(os.getpid(), 9)  # the weights are on disk, the record is not
+PreTrainedModel.save_pretrained = killed
+rows = Rows.of(torch.randint(3, tiny.VOCAB, (6, 24), generator=torch.Generator().manual_seed(1)))
+cached_student(tiny.tiny_qwen3_moe(), Shape([0, 1], 24), rows, StudentFit(steps=2), CPU, Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_one_that_was_killed_is_made_again_and_its_leavings_go(tmp_path):
+    paths = os.pathsep.join([p for p in sys.path if p])
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env=os.environ | {"PYTHONPATH": paths})
+    assert ended.returncode == -9
+    assert len(list(tmp_path.glob("*.partial"))) == 1
+    student, record = cached_student(tiny.tiny_qwen3_moe(), Shape([0, 1], 24), ROWS, FIT, CPU, tmp_path)
+    assert not record["cached"]
+    assert not list(tmp_path.glob("*.partial"))
+    whole = [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert len(whole) == 1
+    assert json.loads((whole[0] / "student_fit.json").read_text())["layers"] == record["layers"]
+    expected, _ = cached_student(tiny.tiny_qwen3_moe(), Shape([0, 1], 24), ROWS, FIT, CPU, tmp_path / "other")
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), expected.parameters(), strict=True))
