@@ -3,6 +3,7 @@
 import argparse
 from typing import Any, NoReturn
 
+from distill.commands.twice import refuse_twice
 from distill.errors import UserError
 
 
@@ -40,6 +41,7 @@ class Parser(argparse.ArgumentParser):
 def _value(text: str) -> Any:
     import yaml
 
+    refuse_twice(text)
     return yaml.safe_load(text)
 
 

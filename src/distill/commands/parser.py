@@ -5,14 +5,35 @@ word them otherwise; a message is then as long as it was made.
 """
 
 import re
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
+import yaml
+from jsonargparse import get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
+from distill.commands.twice import refuse_twice
 from distill.errors import UserError, did_you_mean
 
 KIND = r"<class '\w+'>|typing\.Literal\[[^\]]*\]"  # a type as it is printed
 REQUIRED = "the following arguments are required: "
+
+
+def load_once(load: Callable[[str], Any]) -> Callable[..., Any]:
+    """A loader of YAML that refuses what stands twice, where another takes the last.
+
+    Args:
+        load: jsonargparse's own, which reads numbers as users write them.
+    """
+
+    def loader(stream: str, path: str = "") -> Any:
+        refuse_twice(stream, str(path or ""))
+        return load(stream)
+
+    return loader
+
+
+set_loader("yaml", load_once(get_loader("yaml")), exceptions=(yaml.YAMLError,))
 
 
 class OptionError(UserError):
