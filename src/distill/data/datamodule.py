@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from distill.data.documents.chat import Chat, read_template
 from distill.data.documents.files import load_documents, place_of
-from distill.data.documents.forms import FormOption, form_of
+from distill.data.documents.forms import FormOption, form_of, has_turns
 from distill.data.documents.sources import Source, sources_of, validation_sources
 from distill.data.order.loader import Reader, ResumableLoader, training_loader, validation_loader
 from distill.data.order.mixing import split_rows
@@ -104,6 +104,7 @@ class DistillationDataModule(L.LightningDataModule):
         self.train_rows: PackedRows | None = None
         self.validation_rows: PackedRows | None = None
         self.streams: list[Stream] = []
+        self.conversations = False  # whether any documents are rendered by a chat template
         self._stream_loader: StreamLoader | None = None
         self._parts: tuple[list[int], list[int]] | None = None
         self._check_options()
@@ -203,6 +204,7 @@ class DistillationDataModule(L.LightningDataModule):
         def packed(source: Source, key: str, what: str) -> "Dataset":
             documents = load_documents(source.dataset, **source.options(), key=key, tell=lines.append)
             place = partial(place_of, source.dataset, config=source.dataset_config, split=source.split or "train")
+            self.conversations |= has_turns(documents.column_names, documents.features)
             rows = pack(documents, self.tokenizer, self.sequence_length, self.packing, self.chat, key, place)
             form = form_of(documents.column_names)
             lines.append(describe_table(what, documents, rows, form, self.sequence_length))
@@ -228,6 +230,7 @@ class DistillationDataModule(L.LightningDataModule):
         opened = partial(open_streams, packer=packer, block=self.shuffle_buffer, seed=self.seed, tell=rank_zero_info)
         self.streams = opened([(source, "data.dataset") for source in self.sources], held_out=held_out)
         for stream in self.streams:
+            self.conversations |= has_turns(list(stream.columns), stream.documents.features)
             rank_zero_info(describe_stream(*stream.first_block(), form_of(list(stream.columns)), self.sequence_length))
         validating = opened(validation_sources(self.sources, self.validation_split)) or self.streams
         rows = validation_rows(validating, self.max_validation_sequences or STREAM_VALIDATION)

@@ -38,7 +38,7 @@ from distill.preflight.checks import (
 )
 from distill.preflight.memory import MemoryEstimate, estimate_memory, forward_flops, trace
 from distill.preflight.plan import Plan, device_gib, head_size, matmul_tflops, shape_of, skeletons
-from distill.preflight.quick import counting_nll, single_rows
+from distill.preflight.quick import counting_nll, single_rows, stopping_findings
 from distill.preflight.tables import (
     GIB,
     alignment_table,
@@ -204,7 +204,8 @@ def _vocabularies(this: Check, teacher: Any, student: Any) -> None:
     ]
     if tokenizer is not None:
         sides = [Vocabulary("tokenizer", len(tokenizer), special_ids(tokenizer)), *sides]
-        this.findings += vocabulary_findings(sides[0], sides[1:])
+        odd = vocabulary_findings(sides[0], sides[1:])
+        this.findings += odd + stopping_findings(this.module, this.datamodule, bool(odd))
     show(this.console, vocabulary_table(sides, tokenizer))
 
 

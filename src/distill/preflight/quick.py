@@ -25,6 +25,7 @@ from distill.preflight.checks import (
     vocabulary_findings,
 )
 from distill.preflight.plan import head_size
+from distill.preflight.turn_ends import turn_end_findings
 from distill.teachers.source import TargetSource
 from distill.training.module import DistillationModule
 
@@ -55,7 +56,8 @@ def quick_findings(
             Vocabulary(name, size, special_ids(model.config))
             for (name, model), size in zip(models.items(), sizes, strict=True)
         ]
-        findings += vocabulary_findings(Vocabulary("tokenizer", len(tokenizer), special_ids(tokenizer)), sides)
+        odd = vocabulary_findings(Vocabulary("tokenizer", len(tokenizer), special_ids(tokenizer)), sides)
+        findings += odd + stopping_findings(module, ours, bool(odd))
     if ours is not None and rows is not None and len(rows):
         findings += held_out_findings(ours) if trainer.limit_val_batches else []
         batch = move_data_to_device(next(single_rows(rows)), module.device)
@@ -66,6 +68,19 @@ def quick_findings(
             findings += teacher_findings(nll, counting_nll(ours, [batch], sizes[0]), sizes[0])
             line += f", whose perplexity on the first validation row is {math.exp(min(nll, 700)):,.1f}"
     return findings, f"{line}, on {trainer.world_size} x {device}."
+
+
+def stopping_findings(
+    module: DistillationModule, datamodule: DistillationDataModule | None, told: bool = False
+) -> list[str]:
+    """Whether the student learns to stop, and where; `told` = it was said already that special ids differ."""
+    if datamodule is None or (told and not datamodule.conversations):
+        return []
+    random = module.options.student_config is not None  # exported with the teacher's generation_config
+    teacher = module.teacher.model if module.teacher is not None else None
+    generation = getattr(teacher if random else getattr(module, "student", None), "generation_config", None)
+    stops = getattr(generation, "eos_token_id", None)
+    return turn_end_findings(datamodule.tokenizer, datamodule.chat, datamodule.conversations, stops)
 
 
 def counted(number: int) -> str:

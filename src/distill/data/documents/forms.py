@@ -6,7 +6,7 @@ FORMS, unless `data.format` says otherwise. The table of all columns stands in d
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from distill.errors import UserError, did_you_mean
@@ -83,6 +83,15 @@ def recognise(
 def form_of(columns: Sequence[str]) -> Form:
     """The form that a table's columns are, once they have the names of `recognise`."""
     return next((form for form in FORMS if MADE_OF[form][0] in columns), "text")
+
+
+def has_turns(columns: Sequence[str], features: Mapping[str, Any] | None) -> bool:
+    """Whether documents with these columns are conversations, which a chat template renders."""
+    form = form_of(columns)
+    side = (features or {}).get("prompt")
+    return form == "messages" or (
+        form == "prompt_completion" and "string" not in str(getattr(side, "dtype", "" if features else "string"))
+    )
 
 
 def goes_on(columns: Sequence[str]) -> bool:
