@@ -21,6 +21,7 @@ from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from tokenizers.decoders import DecodeStream
 
 from distill.data.documents.messages import Conversation, Message
+from distill.data.documents.offsets import covered, whole_offsets
 from distill.errors import DocumentError, UserError
 from distill.sources import resolve
 
@@ -143,7 +144,8 @@ def encode_conversation(
             raise
         messages = conversation.as_text()
         text = renderer.text(messages)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    with whole_offsets(tokenizer):
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids_T = np.asarray(encoded["input_ids"], dtype=np.int32)
     starts_T, ends_T = covered(np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2))
 
@@ -174,27 +176,6 @@ def encode_conversation(
             span_T[turn_ends[-1] + 1 :] = False
         targets_T |= span_T
     return ids_T, targets_T
-
-
-def covered(offsets_T2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First character of each token, and the one behind it, so that the tokens leave out nothing of the text.
-
-    Some tokenizers trim blanks off their offsets, and a token of blanks alone then has no width. What lies between a
-    token and those before it belongs to it.
-
-    Args:
-        offsets_T2: as tokenizers return them, int64 [T, 2].
-
-    Returns:
-        int64 [T] each.
-
-    Example:
-        >>> covered(np.array([[0, 2], [5, 5], [6, 8]]))
-        (array([0, 2, 5]), array([2, 5, 8]))
-    """
-    starts_T, ends_T = offsets_T2.T
-    reached_T = np.concatenate([[0], np.maximum.accumulate(ends_T)[:-1]]) if len(ends_T) else ends_T
-    return np.minimum(starts_T, reached_T), ends_T
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from distill.batch import IGNORE
 from distill.data.documents.chat import Chat, decoded_bytes, encode_conversation, template_of
 from distill.data.documents.forms import form_of, restored
 from distill.data.documents.messages import conversation_of
+from distill.data.documents.offsets import whole_offsets
 from distill.data.documents.reading import without_nulls
 from distill.data.documents.tokens import tokens_of
 from distill.errors import DocumentError, UserError
@@ -59,7 +60,8 @@ def tokenize(tokenizer: Any, texts: Sequence[str | None]) -> list[tuple[np.ndarr
 def _tokenize(tokenizer: Any, texts: Sequence[str | None]) -> list[Document]:
     """Ids [T], bytes [T] and the character offsets [T] at which tokens end, 0 for special ones."""
     filled = [text or "" for text in texts]
-    encoded = tokenizer(filled, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
+    with whole_offsets(tokenizer):
+        encoded = tokenizer(filled, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
     documents = []
     for text, ids, offsets in zip(filled, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         ids_T = np.asarray(ids, dtype=np.int32)

@@ -225,8 +225,23 @@ def _arrow(path: Path, columns: list[str] | None) -> Iterator[Row]:
 
 
 def _plain(batch: Any) -> Iterator[Row]:
+    kinds = {field.name: field.type for field in batch.schema if "json" in str(field.type)}
     for row in batch.to_pylist(maps_as_pydicts="strict"):
-        yield {name: without_nulls(value) for name, value in row.items()}
+        plain = {name: _from_json(value, kinds[name]) if name in kinds else value for name, value in row.items()}
+        yield {name: without_nulls(value) for name, value in plain.items()}
+
+
+def _from_json(value: Any, kind: Any) -> Any:
+    """A value in whose type some parts are JSON, which `datasets` writes where rows differ in their keys."""
+    import pyarrow
+
+    if value is None or isinstance(kind, pyarrow.JsonType):
+        return value and json.loads(value)
+    if isinstance(value, dict) and pyarrow.types.is_struct(kind):
+        return {field.name: _from_json(value[field.name], field.type) for field in kind}
+    if isinstance(value, list) and hasattr(kind, "value_type"):
+        return [_from_json(item, kind.value_type) for item in value]
+    return value
 
 
 READERS: dict[str, Callable[[Path, list[str] | None], Iterator[Row]]] = {
