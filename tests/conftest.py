@@ -12,6 +12,7 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from helpers.chat_templates import PLAIN
 from helpers.tiny import tiny_llama, tiny_qwen3_moe
 
 VOCABULARY = 320
@@ -55,6 +56,32 @@ def assets(tmp_path_factory) -> Path:
         model.save_pretrained(root / name)
         fast.save_pretrained(root / name)
     return root
+
+
+@pytest.fixture(scope="session")
+def tokenizer(assets):
+    from distill.models.load import load_tokenizer
+
+    return load_tokenizer(str(assets / "llama"))
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer(assets):
+    """The tiny tokenizer with two tokens and a template for turns; 322 ids."""
+    from distill.models.load import load_tokenizer
+
+    tokenizer = load_tokenizer(str(assets / "llama"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = PLAIN
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def chat_folder(chat_tokenizer, tmp_path_factory):
+    """That tokenizer on disk."""
+    folder = tmp_path_factory.mktemp("chat_tokenizer")
+    chat_tokenizer.save_pretrained(folder)
+    return folder
 
 
 def small_config(assets: Path) -> dict:
