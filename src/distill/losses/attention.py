@@ -2,7 +2,7 @@
 
 Two forms. Relations (MiniLMv2): dot products among queries, among keys and among values, re-split into a common number
 of relation heads. Maps: the attention itself, averaged over heads. Nothing here learns, so nothing can become a target.
-The price: scores of the chosen layer are computed once more on each side, and only layers whose attention goes through
+Scores of the chosen layer are computed once more on each side, and only layers whose attention goes through
 transformers' attention interface can be read.
 
 Shapes: B rows, L positions, H query heads, G key-value heads, d width of a head, D = heads * d.

@@ -2,8 +2,8 @@
 
 Negatives are the teacher's states of this micro-batch on all ranks and of a queue of earlier ones, all detached; only
 the student's projection learns. Each row of the batch gives the same number of evenly spaced tokens, so the shapes of
-all ranks agree without asking them, and one process takes the same tokens as two that share its rows. The price: the
-value depends on what else is in the micro-batch, so it is a statistic of that and not a sum over tokens.
+all ranks agree without asking them, and one process takes the same tokens as two that share its rows. The value depends
+on what else is in the micro-batch, so it is a statistic of that and not a sum over tokens.
 
 Shapes: B rows, L positions, S sampled tokens of this rank, M those of all ranks, Q places of the queue, D width (each
 side its own).

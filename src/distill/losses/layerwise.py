@@ -2,8 +2,8 @@
 
 Only the projections and the student learn; the teacher's states are layer-normalised without affine, so a value of 1 is
 predicting nothing, whatever their scale. Embeddings and each document's first position take no part: the massive
-activations there would be all that a squared error sees. The price: one matrix of student width x teacher width for
-each pair of layers, trained and then thrown away.
+activations there would be all that a squared error sees. Each pair of layers has a matrix of student width x teacher
+width, which is trained and then thrown away.
 
 Shapes: N valid tokens, D width (each side its own).
 """

@@ -1,8 +1,8 @@
 """KL between two models' head-averaged attention maps, with its gradient worked out in the forward pass.
 
 Maps are made anew from queries and keys, a block of query rows at a time, so no [B, H, L, L] tensor outlives its block
-and no model has to return its attention. The price: the scores of one layer are computed twice on each side, and there
-is no second derivative.
+and no model has to return its attention. The scores of one layer are computed twice on each side, and there is no
+second derivative.
 
 Shapes: B rows, L positions, H query heads, G key heads, R = H / G, d width of a head (each side its own), Q query rows
 of one block, K keys.

@@ -1,7 +1,7 @@
 """KL between two models' token-to-token relations, with its gradient worked out in the forward pass.
 
 A block of query rows is scored, compared and differentiated at once, so no [B, H, L, L] tensor outlives its block: the
-memory is the block's and one gradient of the states' own size. The price: no second derivative.
+memory is the block's and one gradient of the states' own size. There is no second derivative.
 
 Shapes: B rows, L positions, D width (each side its own), H relation heads, Q query rows of one block.
 """

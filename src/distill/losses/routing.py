@@ -2,9 +2,9 @@
 
 Every target is the teacher's and detached; the only things here that learn are projections (student width to teacher
 width) and gate probes (student width to experts), so no loss can be lowered by moving its own target. Both read the
-student's state layer-normalised without affine, whatever the scale of the residual stream. The price: with
-`tau: inf` a token's target is what its native routing already computed and costs nothing; a finite `tau` looks at every
-expert on every token, E / k times the routed work, unless `token_subset` bounds it.
+student's state layer-normalised without affine, whatever the scale of the residual stream. With `tau: inf` a token's
+target is what its native routing already computed and costs nothing; a finite `tau` looks at every expert on every
+token, E / k times the routed work, unless `token_subset` bounds it.
 
 Shapes: B rows, L positions, T = B * L, N valid tokens, D width, E experts, K experts per token.
 """
@@ -65,8 +65,8 @@ class Routing(nn.Module):
             selection bias or groups of experts (DeepSeek) do not take part.
         token_subset: with a finite tau, at most so many tokens of a micro-batch and rank are looked at with all
             experts, evenly spaced over the valid ones; the others keep the teacher's own gate. It bounds the cost to
-            E * token_subset expert evaluations a layer. Its price: which tokens these are depends on the micro-batch,
-            so the loss is then no longer the same for every split of the same tokens.
+            E * token_subset expert evaluations a layer. Which tokens these are depends on the micro-batch, so the
+            loss is then no longer the same for every split of the same tokens.
 
     Raises:
         UserError: a name, coefficient, temperature or count that cannot be meant.

@@ -1,7 +1,7 @@
 """The terms of the routing losses as plain functions: states and experts' outputs in, sums over tokens out.
 
 Everything of the teacher's arrives detached. Sums, not means: whoever knows how many units the whole optimizer step has
-divides by them. The price is that a bare value means nothing without its count.
+divides by them. A value by itself means nothing without its count.
 
 Shapes: B rows, L positions, N valid tokens, D width, E experts, K experts per token, S layers.
 """

@@ -2,8 +2,8 @@
 
 Queries, keys and values are read where every family hands them to transformers' attention interface, after positions
 and norms, for the length of one forward pass; outside of it nothing is installed and nothing costs. So gradient
-checkpointing, which runs layers again later, fills nothing twice. The price: what does not go through the interface
-(eager attention, layers without softmax attention) cannot be read, and is refused before training.
+checkpointing, which runs layers again later, fills nothing twice. What does not go through the interface (eager
+attention, layers without softmax attention) cannot be read, and is refused before training.
 
 Shapes: B rows, L positions, N valid positions, D width, H query heads, G key-value heads, d width of a head.
 """

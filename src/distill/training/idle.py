@@ -2,7 +2,7 @@
 
 DDP wants to find every parameter in the graph, so these are tied to the loss with a factor of zero, and lose their
 gradient before the optimizer's step: AdamW must neither move nor decay what nothing trains. Of the student these can
-only be found by asking autograd; the price is one more backward pass for each set of active components that has neither
+only be found by asking autograd, which takes one more backward pass for each set of active components that has neither
 `kd_loss` nor `lm_loss`.
 """
 
