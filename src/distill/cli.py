@@ -5,6 +5,7 @@ here and the imports inside `main`.
 """
 
 import importlib
+import os
 import sys
 
 # Subcommand -> what it does. Those of the trainer are LightningCLI's; each other one is `main(arguments) -> exit code`
@@ -27,8 +28,8 @@ COMMANDS: dict[str, str] = {
 def main() -> None:
     """Runs `distill`.
 
-    Exit codes: 0; 1 where a run was stopped by the audit or a command has findings, 2 for bad input, each with one line
-    on stderr.
+    Exit codes: 0; 1 where a run was stopped by the audit or by the system, or a command has findings, 2 for bad input,
+    each with one line on stderr.
     """
     arguments = sys.argv[1:]
     if arguments == ["--version"]:
@@ -55,6 +56,13 @@ def main() -> None:
     except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        where = error.filename or name
+        print(f"error: {where}: {error.strerror or error}; put that right and try again", file=sys.stderr)
+        sys.exit(1)
 
 
 def usage() -> str:

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,26 @@ def refused(config, tmp_path, monkeypatch, capfd):
             100000,
             r"^error: trainer.val_check_interval: 100000 micro-batches .* epoch's \d+; set .*epoch: null",
         ),
+        ("trainer.max_epochs", 0, r"^error: trainer.max_epochs: 0 leaves nothing to train; give at least 1, or leave"),
+        ("trainer.max_steps", 0, r"^error: trainer.max_steps: 0 leaves nothing to train"),
+        ("trainer.limit_train_batches", 0, r"^error: trainer.limit_train_batches: 0 leaves nothing to train"),
+        ("trainer.limit_train_batches", 0.0, r"^error: trainer.limit_train_batches: 0 leaves nothing to train"),
+        ("trainer.barebones", True, r"^error: trainer.barebones: true has neither loggers, nor .*; leave it out"),
+        (
+            "trainer.default_root_dir",
+            "config.yaml",  # a file, so no directory can be made in it
+            r"^error: trainer.default_root_dir: config.yaml/lightning_logs/version_0 can't be written \(Not a dir",
+        ),
+        (
+            "checkpoint",
+            {"class_path": "ModelCheckpoint", "init_args": {"dirpath": "config.yaml/best"}},
+            r"^error: checkpoint.dirpath: .*config.yaml/best can't be written \(Not a directory\); name another place",
+        ),
+        (
+            "trainer.logger",
+            {"class_path": "CSVLogger", "init_args": {"save_dir": "config.yaml"}},
+            r"^error: trainer.logger: config.yaml can't be written \(Not a directory\); name another place",
+        ),
         ("model.learning_rate", 0.0, r"model.learning_rate: 0.0 must be above 0"),
         ("data.dataset", "nowhere/at_all.txt", r"data.dataset.*nowhere/at_all.txt"),
         ("data.sequence_length", 4096, r"data.sequence_length.*4096"),
@@ -168,6 +189,37 @@ def test_a_refusal_deletes_no_directory_that_was_there_before(config, distill, r
     (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "a"}) + "\n")
     refused(subcommand="validate")
     assert sorted(tmp_path.glob("own/kept/**/*")) == before
+
+
+@pytest.mark.parametrize(
+    ("callback", "options", "remedy"),
+    [
+        ("GradientAccumulationScheduler", {"scheduling": {0: 4, 3: 1}}, "set trainer.accumulate_grad_batches"),
+        ("StochasticWeightAveraging", {"swa_lrs": 0.01}, "take EMAWeightAveraging"),
+        ("LearningRateFinder", {}, "set model.learning_rate"),
+        ("BatchSizeFinder", {}, "set data.per_device_batch_size"),
+        ("ModelPruning", {"pruning_fn": "random_unstructured", "amount": 0.3}, "leave it out"),
+        ("BackboneFinetuning", {}, "leave it out, or use model.lora"),
+    ],
+)
+def test_callbacks_that_would_bend_the_run_are_refused_by_name(config, refused, callback, options, remedy):
+    config["trainer"]["callbacks"] = [{"class_path": f"lightning.pytorch.callbacks.{callback}", "init_args": options}]
+    assert re.fullmatch(rf"error: trainer.callbacks: {callback} .*; {remedy}.*", refused())
+
+
+@pytest.mark.skipif(find_spec("transformer_engine") is not None, reason="the package is there")
+def test_a_precision_whose_package_is_missing(refused):
+    assert refused("--trainer.precision", "transformer-engine").startswith("error: trainer.precision: Requirement 'tr")
+
+
+@pytest.mark.parametrize("side", ["teacher", "student"])
+def test_experts_in_64_bits(config, refused, assets, side):
+    config["model"]["routing"] = None
+    if side == "student":
+        del config["model"]["student_layers"]
+    config["model"][side] = str(assets / "qwen3_moe")
+    config["trainer"]["precision"] = "64-true"
+    assert re.search(r"trainer.precision: 64-true, but the experts of Qwen3Moe.*; use 32-true", refused())
 
 
 def test_experts_asked_of_a_moe_teacher_that_has_others(config, refused, assets):

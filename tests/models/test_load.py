@@ -58,9 +58,37 @@ def drop_head(folder):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def lose_a_shard(folder, *numbers: int):
+    load_model(str(folder)).save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").unlink()
+    shards = sorted(folder.glob("model-*.safetensors"))
+    for number in numbers:
+        shards[number].unlink()
+
+
+def lose_the_index(folder):
+    lose_a_shard(folder)
+    (folder / "model.safetensors.index.json").unlink()
+
+
+def cut_the_index(folder):
+    lose_a_shard(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map"')
+
+
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
+        (lambda folder: lose_a_shard(folder, 1), "lacks model-00002-of-00004.safetensors, which the index .*again$"),
+        (lambda folder: lose_a_shard(folder, 0, 2), "lacks model-00001-of-00004.safetensors and 1 more, which"),
+        (lose_the_index, "has no weights, or parts of them without their index; copy or download it again"),
+        (cut_the_index, "cannot be read .*; copy or download it again"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "has no weights, or parts of them"),
+        (lambda folder: (folder / "config.json").write_text("{"), "cannot be read .*config.json' is not a valid JSON"),
+        (
+            lambda folder: edit_config(folder, quantization_config={"quant_method": "hqq"}),
+            r"needs a package that is not installed \(.*\); install it, or give another model",
+        ),
         (truncate, "truncated or damaged weights"),
         (pickle, "pickled ones are refused; set allow_pickle: true"),
         (drop_head, r"lacks 1 weights of LlamaForCausalLM \(lm_head.weight"),

@@ -8,6 +8,7 @@ which is a copy where that is another file system. A writer that is killed leave
 import os
 import re
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -21,7 +22,7 @@ from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from distill.errors import RunError
+from distill.errors import RunError, UserError
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -74,6 +75,26 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
             f"checkpoint: {path} can't be written ({cause.strerror}, {free_gib:.2f} GiB free), earlier ones are whole: "
             "make room and go on with --ckpt_path last"
         ) from error
+
+
+def check_writable(directory: Path, key: str) -> None:
+    """Refuses a directory that can't be made, or in which nothing can be written; leaves nothing there.
+
+    Permissions alone do not tell: file systems may be read-only, full, or of a kind that makes no files.
+
+    Args:
+        directory: to be made with its parents.
+        key: YAML key that error messages name.
+
+    Raises:
+        UserError: names the directory and the system's reason.
+    """
+    whole = directory.absolute()
+    try:
+        here = next(parent for parent in (whole, *whole.parents) if parent.exists())
+        os.rmdir(tempfile.mkdtemp(prefix=".distill.", dir=here))
+    except OSError as error:
+        raise UserError(f"{key}: {directory} can't be written ({error.strerror}); name another place") from error
 
 
 def remove(path: Path) -> None:

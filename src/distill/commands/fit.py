@@ -15,13 +15,13 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.callbacks import ProgressBar as LightningBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from distill.checkpoints.files import earlier_runs, find_last, is_whole
+from distill.commands.failures import explained
 from distill.commands.parser import Parser, shorten, told
 from distill.commands.quiet import quieten
 from distill.data.datamodule import DistillationDataModule
-from distill.errors import RunError, UserError, did_you_mean
+from distill.errors import UserError, did_you_mean
 from distill.preflight.callback import Preflight
 from distill.training.callbacks.audit import LossAudit
 from distill.training.callbacks.curriculum import Curriculum
@@ -32,7 +32,6 @@ from distill.training.callbacks.progress import ProgressBar
 from distill.training.callbacks.resume import ExactResume
 from distill.training.callbacks.step_dumps import CurriculumDump, KDLossDump, RoutingLossesDump
 from distill.training.callbacks.train_debug import TrainDebug
-from distill.training.horizon import check_validation_interval
 from distill.training.module import DistillationModule
 from distill.training.save_config import SaveConfig
 from distill.training.trainer import DistillTrainer
@@ -182,6 +181,8 @@ class DistillCLI(LightningCLI):
             if "lightning" not in traceback.extract_tb(error.__traceback__)[-1].filename:
                 raise
             raise UserError(f"trainer: {shorten(str(error))}") from error  # of what only Lightning itself can tell
+        if self.subcommand in ("fit", "check"):
+            trainer.check_directories()  # type: ignore[attr-defined]
         if checks:
             trainer.asked = config  # type: ignore[attr-defined]
         return trainer
@@ -192,6 +193,7 @@ def run(args: list[str] | None = None) -> DistillCLI:
 
     Raises:
         UserError: bad input, in one line.
+        RunError: what stopped the run, in one line.
     """
     quieten()
     try:
@@ -208,27 +210,7 @@ def run(args: list[str] | None = None) -> DistillCLI:
             load_from_checkpoint_support=False,
             args=args,
         )
-    except (ValueError, MisconfigurationException) as error:
-        if (ours := told(error)) is not None:
-            raise ours from None
-        if rare := re.search(r"`val_check_interval` \((\d+)\) must be less .* batches \((\d+)\)", str(error)):
-            check_validation_interval(int(rare[1]), int(rare[2]))
-        if isinstance(error, MisconfigurationException) or re.search("val_check_interval|Does not vali", str(error)):
-            raise UserError(f"trainer: {shorten(str(error))}") from error
-        raise
-    except RuntimeError as error:
-        if "DataLoader worker" in str(error):
-            raise RunError(
-                f"data.num_workers: {str(error).splitlines()[0]} Killed from outside, or out of memory: go on with "
-                "--ckpt_path last, with fewer workers if it happens again"
-            ) from error
-        if "SaveConfig expected" in str(error):
-            raise UserError(
-                "trainer.logger: its directory holds a run already; leave the version out, or give another"
-            ) from error
-        if "by peer" in str(error):  # gloo's words
-            raise RunError(
-                "trainer.devices: another process of this run has died, see what it said last; go on with "
-                "--ckpt_path last"
-            ) from error
-        raise
+    except Exception as error:
+        if (known := explained(error)) is None:
+            raise
+        raise known from (None if known is told(error) else error)

@@ -19,7 +19,7 @@ from distill.commands.parser import shorten, told
 from distill.data.datamodule import DistillationDataModule
 from distill.errors import UserError
 from distill.models import load
-from distill.models.precision import student_dtype, teacher_dtype
+from distill.models.precision import check_experts, student_dtype, teacher_dtype
 from distill.teachers.online import OnlineTeacher, quantize
 
 
@@ -95,6 +95,7 @@ def load_pair(
     frozen = OnlineTeacher(
         load.load_model(source, dtype=dtype, key="--teacher", **options), wanted.get("teacher_top_k", "native")
     )
+    check_experts(frozen.model, dtype, "--precision")
     if wanted.get("teacher_quantization") is not None:
         quantize(frozen.model)
     remote = {"trust_remote_code": options["trust_remote_code"]}
@@ -108,7 +109,9 @@ def load_pair(
 def load_other(source: str, precision: str, key: str = "student", **options: Any) -> Student:
     """A student or a baseline in the dtype of a precision; checkpoints keep their own."""
     dtype = None if is_checkpoint(source) else student_dtype(precision)
-    return load_student(source, dtype=dtype, key=key, **options)
+    loaded = load_student(source, dtype=dtype, key=key, **options)
+    check_experts(loaded.model, loaded.model.dtype, "--precision")
+    return loaded
 
 
 def validation_data(

@@ -20,6 +20,7 @@ from transformers import (
 
 from distill.errors import UserError, did_you_mean
 from distill.models.cut import cut_layers
+from distill.models.explain import explain
 from distill.models.gguf import model_folder
 from distill.models.head import lm_head_of
 from distill.models.quiet import quiet_transformers
@@ -56,7 +57,7 @@ def load_model(
                 output_loading_info=True,
             )
     except Exception as error:
-        _explain(error, source, key)
+        explain(error, source, key, folder)
         raise
     model, info = loaded
     if unset := sorted(info["missing_keys"]):
@@ -83,34 +84,8 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False, key: str = "
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
-        _explain(error, source, key, tokenizer=True)
+        explain(error, source, key, folder, tokenizer=True)
         raise
-
-
-def _explain(error: Exception, source: str, key: str, tokenizer: bool = False) -> None:
-    """Raises a UserError in place of what `from_pretrained` raised, where a user can put it right; else returns."""
-    text = str(error)
-    if "custom code" in text or "trust_remote_code" in text:
-        reason = "brings its own code, which is refused; read it and set trust_remote_code: true"
-    elif "gated repo" in text or "401 Client Error" in text:
-        reason = "is gated or private on the hub; run `hf auth login` with an account that may read it"
-    elif "no file named model.safetensors" in text or "cannot be loaded with `safetensors`" in text:
-        reason = "has no safetensors weights and pickled ones are refused; set allow_pickle: true if you trust it"
-    elif type(error).__name__ == "SafetensorError":
-        reason = f"has truncated or damaged weights ({text}); copy or download them again"
-    elif "size mismatch" in text or "ignore_mismatched_sizes" in text:
-        reason = "has weights and a config.json that disagree about shapes; give files of one model"
-    elif "Unrecognized configuration class" in text:
-        reason = "is not a causal language model; give one that AutoModelForCausalLM loads"
-    elif "does not recognize this architecture" in text or "Unrecognized model" in text:
-        reason = "has no config.json, or is of a kind that this transformers does not know; give another or upgrade"
-    elif tokenizer and isinstance(error, (ValueError, OSError)) and "connect" not in text:
-        reason = "has no usable tokenizer files; give a source that has tokenizer.json"
-    elif isinstance(error, OSError):
-        reason = "is not on the hub, or the hub is out of reach; check spelling and network, or give a local folder"
-    else:
-        return
-    raise UserError(f"{key}: {source!r} {reason}") from error
 
 
 def student_from_config(
@@ -138,7 +113,7 @@ def student_from_config(
     try:
         model = AutoModelForCausalLM.from_config(built, dtype=dtype, trust_remote_code=trust_remote_code)
     except (ValueError, AssertionError, RuntimeError) as error:
-        _explain(error, str(config), key)
+        explain(error, str(config), key)
         raise UserError(f"{key}: {config!r} cannot be built ({str(error).splitlines()[0]}); correct it") from error
     return model.train()
 
@@ -168,7 +143,7 @@ def load_config(
         with quiet_transformers():
             return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
-        _explain(error, source, key)
+        explain(error, source, key, folder)
         raise
 
 

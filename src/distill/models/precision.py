@@ -8,6 +8,9 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+
+from distill.errors import UserError
 
 
 @cache
@@ -47,6 +50,26 @@ def teacher_dtype(option: str, precision: str, device: str) -> torch.dtype:
         return dtype
     whole = {"32-true": torch.float32, "32": torch.float32, "64-true": torch.float64, "64": torch.float64}
     return whole.get(precision) or product_dtype(torch.bfloat16, device)
+
+
+def check_experts(model: PreTrainedModel, dtype: torch.dtype, key: str = "trainer.precision") -> None:
+    """Refuses fused experts in float64: transformers multiplies them in groups, which torch does up to 32 bits.
+
+    Args:
+        model: in any dtype.
+        dtype: that it is to run in.
+        key: YAML key that the message names.
+
+    Raises:
+        UserError: it has such experts, and the dtype is float64.
+    """
+    fused = any(parameter.ndim == 3 and "expert" in name for name, parameter in model.named_parameters())
+    grouped = getattr(model.config.get_text_config(decoder=True), "_experts_implementation", None) != "eager"
+    if dtype == torch.float64 and fused and grouped:
+        raise UserError(
+            f"{key}: 64-true, but the experts of {type(model).__name__} are multiplied in groups, which torch cannot "
+            "do in 64 bits; use 32-true"
+        )
 
 
 def full_precision(x: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ from distill.preflight.tables import (
     vocabulary_table,
 )
 from distill.training.callbacks.curriculum import Curriculum
+from distill.training.callbacks.refused import check_callbacks
 from distill.training.horizon import check_validation_interval, horizon_of
 from distill.training.lightning_internals import callbacks_of
 from distill.training.module import DistillationModule
@@ -142,6 +143,7 @@ def _attach(this: Check) -> int:
     trainer.strategy.connect(module)
     trainer._data_connector.attach_data(module, datamodule=datamodule)
     trainer.state.fn, trainer.training = TrainerFn.FITTING, True
+    check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
     try:
         datamodule.prepare_data()
         datamodule.setup("fit")

@@ -16,7 +16,7 @@ from distill.models import load
 from distill.models.cut import most_important_layers
 from distill.models.fsdp2 import check_strategy, shard
 from distill.models.head import check_lm_head, lm_head_of
-from distill.models.precision import teacher_dtype
+from distill.models.precision import check_experts, student_dtype, teacher_dtype
 from distill.models.trace import merged
 from distill.teachers.online import OnlineTeacher, quantize
 from distill.teachers.source import Run, TargetSource
@@ -65,6 +65,8 @@ def build_models(options: ModelOptions, trainer: L.Trainer) -> tuple[PreTrainedM
         sources = sources | {"student_layers": kept}
     sources |= options.load_options
     student = load.build_student(teacher, options.teacher, **sources)
+    check_experts(teacher, target)
+    check_experts(student, student_dtype(str(trainer.precision)))
     check_lm_head(teacher, lm_head_of(teacher))
     check_lm_head(student, lm_head_of(student))
     if getattr(data, "packing", False):

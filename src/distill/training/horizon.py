@@ -11,9 +11,14 @@ def horizon_of(trainer: L.Trainer) -> int:
     """Optimizer steps of the whole run.
 
     Raises:
-        UserError: a run without an end has no progress to schedule by.
+        UserError: a run without an end has no progress to schedule by, and one without a step trains nothing.
     """
+    for key in ("max_epochs", "max_steps", "limit_train_batches"):
+        if getattr(trainer, key) == 0:
+            raise UserError(f"trainer.{key}: 0 leaves nothing to train; give at least 1, or leave it out")
     steps = trainer.estimated_stepping_batches
+    if trainer.num_training_batches == 0:
+        raise UserError("data.dataset: no training rows for this rank, so nothing would be trained; give more data")
     if not math.isfinite(steps) or steps <= 0:
         raise UserError(f"trainer.max_steps: a horizon of {steps} steps leaves nothing to schedule by: set max_steps")
     return int(steps)

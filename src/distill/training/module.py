@@ -26,6 +26,7 @@ from distill.losses.engine.metrics import DistillationMetrics
 from distill.models.fsdp2 import check_sharded
 from distill.teachers.source import TargetSource
 from distill.training.build import build, max_context
+from distill.training.callbacks.refused import check_callbacks
 from distill.training.entry import entry, settings
 from distill.training.horizon import horizon_of
 from distill.training.idle import IdleParameters
@@ -86,9 +87,14 @@ class DistillationModule(L.LightningModule):
     # Set-up
 
     def configure_callbacks(self) -> list[Callback]:
-        """`ExactResume()`, where the trainer has none."""
+        """`ExactResume()`, where the trainer has none.
+
+        Raises:
+            UserError: the trainer has a callback that would bend the run.
+        """
         from distill.training.callbacks.resume import ExactResume  # which knows this module
 
+        check_callbacks(callbacks_of(self.trainer, Callback))
         return [] if callbacks_of(self.trainer, ExactResume) else [ExactResume()]
 
     def setup(self, stage: str) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 import lightning as L
 import yaml
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from distill.errors import RunError
 from distill.training.callbacks.text import run_directory
 from distill.training.trainer import environment
 
@@ -40,6 +40,6 @@ class SaveConfig(SaveConfigCallback):
         if fresh is not None and not self.ours and Path(fresh, "config.yaml").exists():
             return  # of another run, which has taken the same number since
         started = trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        refused = isinstance(exception, ValueError | MisconfigurationException) and not started
+        refused = isinstance(exception, Exception) and not isinstance(exception, RunError) and not started
         if refused and fresh is not None and trainer.is_global_zero:
             shutil.rmtree(fresh, ignore_errors=True)

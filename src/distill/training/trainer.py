@@ -14,10 +14,12 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 
-from distill.checkpoints.files import AtomicCheckpointIO
+from distill.checkpoints.files import AtomicCheckpointIO, check_writable
+from distill.errors import UserError
 from distill.version import __version__
 
 
@@ -37,6 +39,11 @@ class DistillTrainer(L.Trainer):
         use_distributed_sampler: bool = False,
         **kwargs: Any,
     ) -> None:
+        if kwargs.get("barebones"):
+            raise UserError(
+                "trainer.barebones: true has neither loggers, nor checkpoints, nor what the audit reads; leave it out, "
+                "and switch off what is not wanted by its key, such as trainer.logger: false"
+            )
         self.asked: dict[str, Any] = kwargs  # for `check`, which plans for more devices than it runs on
         self.fresh_directory: str | None = None  # where nothing was before this trainer
         if logger is None or logger is True:
@@ -50,7 +57,27 @@ class DistillTrainer(L.Trainer):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
         sampler = use_distributed_sampler
-        super().__init__(*args, logger=logger, use_distributed_sampler=sampler, plugins=plugins, **kwargs)
+        try:
+            super().__init__(*args, logger=logger, use_distributed_sampler=sampler, plugins=plugins, **kwargs)
+        except ImportError as error:  # of a precision, a profiler, an environment
+            key = "trainer.precision" if "transformer" in str(kwargs.get("precision")) else "trainer"
+            raise UserError(f"{key}: {' '.join(str(error).split())}") from error
+
+    def check_directories(self) -> None:
+        """Tries the directories that a run will write to, before anything is loaded for it.
+
+        Raises:
+            UserError: one can't be made or written.
+        """
+        places = [("trainer.logger", logger.save_dir) for logger in self.loggers]
+        if self.fresh_directory is not None:
+            places = [("trainer.default_root_dir", self.fresh_directory)]
+        elif self.checkpoint_callbacks and not self.loggers:
+            places = [("trainer.default_root_dir", self.default_root_dir)]
+        places += [("checkpoint.dirpath", getattr(callback, "dirpath", None)) for callback in self.checkpoint_callbacks]
+        for key, place in places:
+            if self.is_global_zero and place is not None and _is_local_file_protocol(place):
+                check_writable(Path(place), key)
 
     @property
     def log_dir(self) -> str | None:

@@ -1,0 +1,63 @@
+"""What stopped a run, as one line: errors of Lightning, torch and the system, by type and a few words of their text.
+
+Another version of them may word it otherwise; its traceback is then shown as it is.
+"""
+
+import re
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from distill.commands.parser import shorten, told
+from distill.errors import RunError, UserError
+from distill.training.horizon import check_validation_interval
+
+RESUME = "go on with --ckpt_path last"
+
+
+def explained(error: Exception) -> UserError | RunError | None:
+    """The sentence for what LightningCLI or the trainer raised; None where there is none."""
+    text = " ".join(str(error).split())
+    if isinstance(error, ValueError | MisconfigurationException):
+        return _of_configuration(error)
+    if isinstance(error, ImportError):
+        return UserError(f"trainer: {text}")
+    if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+        where = error.filename or "a file of the run"
+        why = error.strerror or text
+        return RunError(f"{where} can't be read or written ({why}); put that right, and {RESUME} where it had begun")
+    if not isinstance(error, RuntimeError) or isinstance(error, RunError):
+        return None
+    if "DataLoader worker" in text:
+        return RunError(
+            f"data.num_workers: {str(error).splitlines()[0]} Killed from outside, or out of memory: {RESUME}, with "
+            "fewer workers if it happens again"
+        )
+    if "SaveConfig expected" in text:
+        return UserError("trainer.logger: its directory holds a run already; leave the version out, or give another")
+    if "by peer" in text:  # gloo's words
+        return RunError(f"trainer.devices: another process of this run has died, see what it said last; {RESUME}")
+    if "out of memory" in text:
+        return RunError(
+            f"data.per_device_batch_size: out of memory ({text.split('. ')[0]}); lower it and raise "
+            "trainer.accumulate_grad_batches, or set model.gradient_checkpointing; `distill check` estimates what a "
+            "run needs"
+        )
+    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        return UserError(
+            f"model.torch_compile: torch cannot compile here ({str(error).splitlines()[0]}); install a C++ compiler, "
+            "or set it to false"
+        )
+    return None
+
+
+def _of_configuration(error: Exception) -> UserError | None:
+    if (ours := told(error)) is not None:
+        return ours
+    if rare := re.search(r"`val_check_interval` \((\d+)\) must be less .* batches \((\d+)\)", str(error)):
+        try:
+            check_validation_interval(int(rare[1]), int(rare[2]))
+        except UserError as ours:
+            return ours
+    if isinstance(error, MisconfigurationException) or re.search("val_check_interval|Does not vali", str(error)):
+        return UserError(f"trainer: {shorten(str(error))}")
+    return None
