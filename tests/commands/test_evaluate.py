@@ -47,6 +47,7 @@ def test_figures_are_those_of_validation(run, report):
         ("kl_div_T1", "kl_div_T1"),
         ("top1_agreement", "top1_agreement"),
         ("top5_agreement", "top5_agreement"),
+        ("acceptance", "acceptance"),
     ):
         assert student[ours] == pytest.approx(run[1][f"val/{theirs}"], rel=1e-6), ours
         assert f"{student[ours]:.4f}" == f"{run[1][f'val/{theirs}']:.4f}"
@@ -78,9 +79,22 @@ def test_figures_are_those_of_whole_logits(run, report, assets):
     fives = zip(p.topk(5).indices.tolist(), q.topk(5).indices.tolist(), strict=True)
     shared = sum(len(set(theirs) & set(ours)) for theirs, ours in fives) / 5 / len(label)
     assert student["top5_agreement"] == pytest.approx(shared)
+    accepted = torch.minimum(p.exp(), q.exp()).sum(-1).mean().item()
+    assert student["acceptance"] == pytest.approx(accepted, abs=1e-6)
+    share, drafts = speculative(p.exp(), q.exp(), 20_000)
+    assert abs(share - accepted) < 3 * math.sqrt(accepted * (1 - accepted) / drafts)
     entropy = {name: -(x.exp() * x).sum(-1).mean().item() for name, x in (("teacher", p), ("student", q))}
     assert student["entropy_gap"] == pytest.approx(entropy["student"] - entropy["teacher"], abs=1e-5)
     assert student["retention_percent"] == pytest.approx(100 * math.exp(nll["teacher"] - nll["student"]), rel=1e-5)
+
+
+def speculative(p, q, least: int) -> tuple[float, int]:
+    """Share of at least so many drafts x ~ q, as many at each place, taken with probability min(1, p(x) / q(x))."""
+    generator = torch.Generator().manual_seed(0)
+    drafts = q.multinomial(-(-least // len(q)), replacement=True, generator=generator)
+    chance = (p.gather(1, drafts) / q.gather(1, drafts)).clamp(max=1)
+    taken = torch.rand(chance.shape, dtype=chance.dtype, generator=generator) < chance
+    return taken.double().mean().item(), taken.numel()
 
 
 def test_baselines_and_sizes(report, assets):
@@ -92,6 +106,7 @@ def test_baselines_and_sizes(report, assets):
     again = models["teacher again"]
     assert again["kl_div_T1"] == pytest.approx(0, abs=1e-9)
     assert again["top1_agreement"] == again["top5_agreement"] == 1
+    assert again["acceptance"] == pytest.approx(1)
     assert again["retention_percent"] == pytest.approx(100)
     assert report["gap_closed_percent"]["itself"] == pytest.approx({"nll": 0.0, "kl_div_T1": 0.0})
     assert report["gap_closed_percent"]["teacher again"] == {"nll": None, "kl_div_T1": None}

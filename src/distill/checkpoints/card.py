@@ -26,6 +26,7 @@ TITLES = {
     "val/teacher_perplexity": "perplexity of the teacher",
     "val/bits_per_byte": "bits per byte",
     "val/top1_agreement": "share of tokens where both prefer the same one",
+    "val/acceptance": "share of its drafts that the teacher would accept at T = 1",
     "val/ece": "expected calibration error (15 bins)",
 }
 

@@ -21,6 +21,7 @@ ROWS = {
     "kl_div_T1": ("KL at T = 1 (nats)", ".4f"),
     "top1_agreement": ("top-1 agreement", ".4f"),
     "top5_agreement": ("top-5 agreement", ".4f"),
+    "acceptance": ("drafts accepted", ".4f"),
     "retention_percent": ("retention (%)", ".1f"),
     "parameters": ("parameters", ",.0f"),
     "weights_MB": ("weights (MB)", ",.1f"),

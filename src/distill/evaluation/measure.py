@@ -102,9 +102,9 @@ def figures(one: Sums, found: Mapping[str, float], teacher: Mapping[str, float])
 
     Returns:
         nll (nats per token), perplexity, bits_per_byte, accuracy (share of tokens whose label it prefers), ece, entropy
-        (nats); compared with the teacher kl_div_T1 (nats per token), top1_agreement, top5_agreement, entropy_gap
-        (nats) and retention_percent (the teacher's perplexity in percent of its own); parameters, weights_MB,
-        tokens_per_s of the decoder on these batches.
+        (nats); compared with the teacher kl_div_T1 (nats per token), top1_agreement, top5_agreement, acceptance (see
+        `DistillationMetrics`), entropy_gap (nats) and retention_percent (the teacher's perplexity in percent of its
+        own); parameters, weights_MB, tokens_per_s of the decoder on these batches.
     """
     result = {
         "nll": found["student_nll"],
@@ -116,6 +116,7 @@ def figures(one: Sums, found: Mapping[str, float], teacher: Mapping[str, float])
         "kl_div_T1": found.get("kl_div_T1"),
         "top1_agreement": found.get("top1_agreement"),
         "top5_agreement": found.get("top5_agreement"),
+        "acceptance": found.get("acceptance"),
     }
     if "teacher_entropy" in found:
         result["entropy_gap"] = found["student_entropy"] - found["teacher_entropy"]

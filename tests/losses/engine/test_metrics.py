@@ -21,6 +21,7 @@ def stats(tokens=4.0, nll=8.0, teacher=True) -> TokenStats:
     calibration[3] = torch.tensor([3.0, 0.6, 1.0])
     calibration[14] = torch.tensor([1.0, 0.9, 0.0])
     of_teacher = {"kl_div": 2.0, "teacher_nll": 4.0, "teacher_entropy": 6.0, "agreement": 3.0, "top5_agreement": 2.0}
+    of_teacher["acceptance"] = 1.0
     return TokenStats(
         tokens=scalar(tokens),
         student_nll=scalar(nll),
@@ -42,6 +43,7 @@ def test_hand_computed():
             "teacher_perplexity": math.e,
             "top1_agreement": 0.75,
             "top5_agreement": 0.5,
+            "acceptance": 0.25,
             "ece": (abs(0.6 - 1.0) + 0.9) / 4,
             "bits_per_byte": 8 / math.log(2) / 16,
             "student_entropy": 3.0,
@@ -98,7 +100,7 @@ def test_split_into_batches_equals_one_pass():
         return metrics.compute()
 
     once, split = run([60]), run([1, 40, 0, 19])
-    assert len(once) == 11
+    assert len(once) == 12
     for name, value in once.items():
         torch.testing.assert_close(split[name], value, rtol=1e-12, atol=0)
     log_q = (hidden @ head.weight.T).log_softmax(-1)
@@ -106,3 +108,25 @@ def test_split_into_batches_equals_one_pass():
     fives = [x.topk(5).indices.tolist() for x in (log_q, teacher_hidden @ teacher_head.weight.T)]
     shared = [len(set(ours) & set(theirs)) / 5 for ours, theirs in zip(*fives, strict=True)]
     assert once["top5_agreement"].item() == pytest.approx(sum(shared) / tokens)
+
+
+def draft_and_target(vocabs: tuple[int, int], tokens: int = 200):
+    """Metrics of the engine, and what the two models say of each token over the shared ids, (N, S) each."""
+    hidden, teacher_hidden = torch.randn(2, tokens, 5, dtype=torch.float64)
+    heads = [LMHead(torch.randn(vocab, 5, dtype=torch.float64)) for vocab in vocabs]
+    labels, shared = torch.randint(0, min(vocabs), (tokens,)), min(vocabs)
+    targets = DenseTargets(teacher_hidden, heads[1])
+    found = distillation_loss(hidden, heads[0], labels, targets, chunk_size=64, metrics=True).stats
+    metrics = DistillationMetrics()
+    metrics.update(found, num_bytes=0)
+    pairs = ((hidden, heads[0]), (teacher_hidden, heads[1]))
+    q, p = ((x @ head.weight.T)[:, :shared].softmax(-1) for x, head in pairs)
+    return metrics.compute(), q, p
+
+
+@pytest.mark.parametrize("vocabs", [(23, 23), (23, 19), (19, 23)])
+def test_acceptance_is_one_minus_the_mean_total_variation(vocabs):
+    metrics, q, p = draft_and_target(vocabs)
+    rows = zip(q.tolist(), p.tolist(), strict=True)
+    variation = [0.5 * sum(abs(a - b) for a, b in zip(*row, strict=True)) for row in rows]
+    assert metrics["acceptance"].item() == pytest.approx(1 - sum(variation) / len(variation), abs=1e-6)

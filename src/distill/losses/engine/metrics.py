@@ -19,7 +19,8 @@ CALIBRATION_BINS = 15
 class TokenStats:
     """Weight-free sums over tokens at temperature 1, float64 scalars in nats unless stated.
 
-    Sums about the teacher are None without dense targets. KL, agreement and entropies are over the shared ids.
+    Sums about the teacher are None without dense targets. KL, agreement, acceptance and entropies are over the
+    shared ids.
     """
 
     tokens: Tensor
@@ -31,12 +32,13 @@ class TokenStats:
     teacher_entropy: Tensor | None = None
     agreement: Tensor | None = None
     top5_agreement: Tensor | None = None  # share of the teacher's five likeliest ids among the student's, summed
+    acceptance: Tensor | None = None  # 1 - total variation between the two distributions, summed
 
 
-_SUMS = (
-    "tokens", "student_nll", "student_entropy", "kl_div", "teacher_nll", "teacher_entropy", "agreement",
-    "top5_agreement", "tokens_with_teacher", "num_bytes",
-)  # fmt: skip
+_OF_TEACHER = ("kl_div", "teacher_nll", "teacher_entropy", "agreement", "top5_agreement", "acceptance")
+
+
+_SUMS = ("tokens", "student_nll", "student_entropy", *_OF_TEACHER, "tokens_with_teacher", "num_bytes")
 
 
 class DistillationMetrics(Metric):
@@ -48,6 +50,8 @@ class DistillationMetrics(Metric):
         student_perplexity, teacher_perplexity: its exponential.
         top1_agreement: share of tokens where both models prefer the same id.
         top5_agreement: share of the teacher's five likeliest ids that are among the student's five.
+        acceptance: expected share of tokens drafted by the student that the teacher accepts in speculative sampling at
+            T = 1, 1 minus the mean total variation (Leviathan et al., https://arxiv.org/abs/2211.17192, theorem 3.5).
         ece: expected calibration error of the student over 15 equal-width bins.
         bits_per_byte: the student's negative log-likelihood in bits per byte of text.
         student_entropy, teacher_entropy: of the next-token distribution.
@@ -66,6 +70,7 @@ class DistillationMetrics(Metric):
     teacher_entropy: Tensor
     agreement: Tensor
     top5_agreement: Tensor
+    acceptance: Tensor
     tokens_with_teacher: Tensor
     num_bytes: Tensor
     calibration: Tensor
@@ -94,7 +99,7 @@ class DistillationMetrics(Metric):
             setattr(self, name, getattr(self, name) + getattr(stats, name))
         if stats.kl_div is not None:
             self.tokens_with_teacher += stats.tokens
-            for name in ("kl_div", "teacher_nll", "teacher_entropy", "agreement", "top5_agreement"):
+            for name in _OF_TEACHER:
                 setattr(self, name, getattr(self, name) + getattr(stats, name))
 
     def compute(self) -> dict[str, Tensor]:
@@ -117,6 +122,7 @@ class DistillationMetrics(Metric):
                 "kl_div_T1": self.kl_div / self.tokens_with_teacher,
                 "top1_agreement": self.agreement / self.tokens_with_teacher,
                 "top5_agreement": self.top5_agreement / self.tokens_with_teacher,
+                "acceptance": self.acceptance / self.tokens_with_teacher,
                 "teacher_nll": teacher_nll,
                 "teacher_perplexity": teacher_nll.exp(),
                 "teacher_entropy": self.teacher_entropy / self.tokens_with_teacher,
@@ -130,7 +136,6 @@ def token_stats_of(values: dict[str, Tensor], with_teacher: bool) -> TokenStats:
     bin_N = (confidence_N * CALIBRATION_BINS).ceil().long().sub(1).clamp(0, CALIBRATION_BINS - 1)
     calibration_B3 = confidence_N.new_zeros(CALIBRATION_BINS, 3)
     calibration_B3.index_add_(0, bin_N, torch.stack([torch.ones_like(correct_N), confidence_N, correct_N], dim=1))
-    names = ["student_nll", "student_entropy"]
-    names += ["kl_div", "teacher_nll", "teacher_entropy", "agreement", "top5_agreement"] if with_teacher else []
+    names = ("student_nll", "student_entropy", *(_OF_TEACHER if with_teacher else ()))
     sums = {name: values[name].sum(dtype=torch.float64) for name in names}
     return TokenStats(tokens=calibration_B3[:, 0].sum(), calibration_B3=calibration_B3, **sums)

@@ -167,14 +167,15 @@ def nll_rows(logits_RV: Tensor, labels_R: Tensor, room_RV: Tensor, gradient: boo
 def statistics_rows(
     student_RV: Tensor, teacher_RV: Tensor | None, labels_R: Tensor, shared: int, buffers: Buffers
 ) -> dict[str, Tensor]:
-    """Weight-free values of each row at T = 1, all (R). Fills buffers 0 to 3.
+    """Weight-free values of each row at T = 1, all (R). Fills buffers 0 to 4.
 
     Args:
         student_RV: finished logits of the student.
         teacher_RV: finished logits of the teacher, or None.
         labels_R: next-token ids.
-        shared: ids over which KL, agreement and entropies are taken; likelihoods are over each model's own vocabulary.
-        buffers: four.
+        shared: ids over which KL, agreement, acceptance and entropies are taken; likelihoods are over each model's own
+            vocabulary.
+        buffers: five.
 
     Returns:
         Name -> value per row: those of `TokenStats`, and `confidence` and `correct` of the student's first choice.
@@ -193,6 +194,8 @@ def statistics_rows(
             log_p, p = _log_softmax(teacher_RV[:, :shared], buffers, 2)
     if shared < student_RV.shape[1]:
         log_q, q = _log_softmax(student_RV[:, :shared], buffers, 0)
+    if teacher_RV is not None:  # sum min(p, q) = 1 - TV(p, q), while both are whole
+        rows["acceptance"] = torch.minimum(p, q, out=buffers.get(4, *q.shape)).sum(-1)
     rows["student_entropy"] = -q.mul_(log_q).sum(-1)
     if teacher_RV is not None:
         rows["agreement"] = (log_q.argmax(-1) == log_p.argmax(-1)).to(q.dtype)

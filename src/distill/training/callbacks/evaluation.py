@@ -23,6 +23,7 @@ TABLE = (
     "val/student_perplexity",
     "val/top1_agreement",
     "val/top5_agreement",
+    "val/acceptance",
     "val/ece",
     "val/bits_per_byte",
 )
