@@ -41,6 +41,13 @@ def test_three_phases_by_hand():
         assert state.progress == min(step / 1000, 1.0)
 
 
+def test_two_knots_at_one_progress_are_a_jump():
+    curriculum = Curriculum(feature=[[0.0, 1.0], [0.3, 1.0], [0.3, 0.0]], kd=[[0.5, 0.2], [0.5, 0.8], [1.0, 1.0]])
+    of_step = {step: curriculum.state_at(step, 1000).weights for step in (0, 299, 300, 499, 500, 750, 1000)}
+    assert [weights["feature"] for weights in of_step.values()] == [1, 1, 0, 0, 0, 0, 0]
+    assert [weights["kd"] for weights in of_step.values()] == pytest.approx([0.2, 0.2, 0.2, 0.2, 0.8, 0.9, 1.0])
+
+
 def test_progressive_experts_follow_the_step():
     curriculum = Curriculum(top_k_experts=[[0.0, 1], [1.0, 3]])
     assert [curriculum.state_at(step, 100).top_k_experts for step in (0, 24, 25, 74, 75, 100)] == [1, 1, 2, 2, 3, 3]
@@ -50,7 +57,7 @@ def test_progressive_experts_follow_the_step():
     ("schedule", "message"),
     [
         ([[0.6, 0.1], [0.3, 0.0]], "curriculum.feature: knots out of order"),
-        ([[0.3, 0.1], [0.3, 0.0]], "knots out of order"),
+        ([[0.3, 0.1], [0.3, 0.0], [0.3, 0.2]], "knots out of order"),
         ([[0.3, 0.1], [1.3, 0.0]], "progress must ascend within"),
         ([[0.3, 0.1, 2.0]], "is not a schedule"),
         ([], "is not a schedule"),

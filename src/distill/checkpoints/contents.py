@@ -138,7 +138,7 @@ def run_record(trainer: L.Trainer, losses: Sequence[str]) -> dict[str, Any]:
     return {
         "components": list(losses),
         "data": arguments(data) | _parts(data) if data is not None else {},
-        "curriculum": {} if curriculum is None else arguments(curriculum) | plain(getattr(curriculum, "weights", {})),
+        "curriculum": plain(getattr(curriculum, "schedules", {})),
         "trainer": {
             "precision": str(trainer.precision),
             "accumulate_grad_batches": trainer.accumulate_grad_batches,

@@ -4,7 +4,6 @@ Reads: `trainer.global_step`, `trainer.estimated_stepping_batches`, `pl_module.c
 Writes: `pl_module.curriculum`. Logs: `curriculum/<key>`.
 """
 
-import inspect
 from typing import Any
 
 import lightning as L
@@ -12,15 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
 from distill.batch import Batch
-from distill.curriculum import (
-    WEIGHT_KEY,
-    WEIGHT_KEYS,
-    CurriculumState,
-    Schedule,
-    check_schedule,
-    round_half_up,
-    value_at,
-)
+from distill.curriculum import CurriculumState, Schedule, Schedules, round_half_up
 from distill.errors import UserError
 from distill.training.horizon import horizon_of
 from distill.training.module import DistillationModule, distilled
@@ -29,17 +20,9 @@ from distill.training.module import DistillationModule, distilled
 class Curriculum(Callback):
     """Sets loss weights, KD temperature and routed experts before each batch from the share of the training done.
 
-    The default is the three-phase curriculum; no published result supports exactly these phases.
-
     Args:
-        kd: weight of `kd_loss`. Each entry is a number or a list of `[progress, value]` knots, linear between them.
-        lm: weight of `lm_loss`.
-        feature: weight of routing feature matching, expert importance and load balancing.
-        attention: weight of routing attention alignment and attention transfer.
-        layerwise: weight of `layerwise_loss`.
-        contrastive: weight of `contrastive_loss`.
-        temperature: of the KD softmaxes.
-        top_k_experts: experts a token is routed to, rounded half up; null = the teacher's native number.
+        args: those of `distill.curriculum.Schedules`, in its order.
+        kwargs: those of `Schedules`, the keys of `curriculum:`.
 
     Raises:
         UserError: a value or its knots out of range.
@@ -49,52 +32,39 @@ class Curriculum(Callback):
         0.05
     """
 
-    def __init__(
-        self,
-        kd: Schedule = 0.7,
-        lm: Schedule = 0.3,
-        feature: Schedule = [[0.3, 0.0], [0.6, 0.1]],  # noqa: B006  (never changed, and --print_config shows it)
-        attention: Schedule = [[0.3, 0.0], [0.6, 0.1]],  # noqa: B006
-        layerwise: Schedule = [[0.6, 0.0], [1.0, 0.05]],  # noqa: B006
-        contrastive: Schedule = [[0.6, 0.0], [1.0, 0.05]],  # noqa: B006
-        temperature: Schedule = 2.0,
-        top_k_experts: Schedule | None = None,
-    ) -> None:
-        self.weights = dict(zip(WEIGHT_KEYS, (kd, lm, feature, attention, layerwise, contrastive), strict=True))
-        self.temperature = temperature
-        self.top_k_experts = top_k_experts
-        for key, schedule in self.weights.items():
-            check_schedule(key, schedule)
-        check_schedule("temperature", temperature, exclusive=True)
-        if top_k_experts is not None:
-            check_schedule("top_k_experts", top_k_experts, minimum=1.0)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.schedules = Schedules(*args, **kwargs)
         self.step = 0
         self.horizon: int | None = None
 
+    @property
+    def weights(self) -> dict[str, Schedule]:
+        """Weight key -> schedule."""
+        return self.schedules.weights
+
+    @property
+    def temperature(self) -> Schedule:
+        """Of the KD softmaxes."""
+        return self.schedules.temperature
+
+    @property
+    def top_k_experts(self) -> Schedule | None:
+        """Experts a token is routed to."""
+        return self.schedules.top_k_experts
+
     def state_at(self, step: int, horizon: int | None) -> CurriculumState:
         """The state before optimizer step `step` of `horizon`."""
-        progress = min(max(step / horizon, 0.0), 1.0) if horizon else 0.0
-        experts = self.top_k_experts
-        return CurriculumState(
-            step=step,
-            progress=progress,
-            weights={key: value_at(schedule, progress) for key, schedule in self.weights.items()},
-            temperature=value_at(self.temperature, progress),
-            top_k_experts=None if experts is None else round_half_up(value_at(experts, progress)),
-        )
+        return self.schedules.state_at(step, horizon)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuses a weight that the user set for a component that the module does not have."""
+        """Refuses a weight that the user set for a loss that the module does not have."""
         module = distilled(pl_module)
-        present = {WEIGHT_KEY[name] for name in module.components}
-        for key, schedule in self.weights.items():
-            default = inspect.signature(type(self)).parameters[key].default
-            peak = max(knot[1] for knot in schedule) if isinstance(schedule, list) else schedule
-            if key not in present and schedule != default and peak > 0:
-                names = ", ".join(name for name, weight_key in WEIGHT_KEY.items() if weight_key == key)
-                raise UserError(
-                    f"curriculum.{key}: {schedule} weighs nothing here: configure {names} on the model, or leave it out"
-                )
+        if (unheard := self.schedules.unheard(module.components)) is not None:
+            key, schedule, losses = unheard
+            raise UserError(
+                f"curriculum.{key}: {schedule} weighs nothing here: configure {', '.join(losses)} on the model, or "
+                "leave it out"
+            )
         self._set(module)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
