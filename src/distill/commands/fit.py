@@ -29,6 +29,7 @@ from distill.training.callbacks.evaluation import Evaluation
 from distill.training.callbacks.gradients import Gradients
 from distill.training.callbacks.last_checkpoint import LastCheckpoint
 from distill.training.callbacks.progress import ProgressBar
+from distill.training.callbacks.progress_lines import ProgressLines
 from distill.training.callbacks.resume import ExactResume
 from distill.training.callbacks.step_dumps import CurriculumDump, KDLossDump, RoutingLossesDump
 from distill.training.callbacks.train_debug import TrainDebug
@@ -39,6 +40,7 @@ from distill.training.trainer import DistillTrainer
 # Key -> class of the callbacks, in the order in which they print; on by default but for those of OFF.
 CALLBACKS: dict[str, type[Callback]] = {
     "progress": ProgressBar,
+    "progress_lines": ProgressLines,
     "preflight": Preflight,
     "audit": LossAudit,
     "train_debug": TrainDebug,
