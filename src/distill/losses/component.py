@@ -127,7 +127,7 @@ class OneLoss:
             yield from self.parameters()
 
     def figures(self, state: CurriculumState) -> dict[str, float]:
-        """None."""
+        """Nothing to log."""
         return {}
 
     def reads(self, name: str) -> str:

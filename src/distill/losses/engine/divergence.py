@@ -1,8 +1,8 @@
 """Divergences between two next-token distributions, twice: as plain functions and as in-place rows with gradients.
 
 The plain functions are the definition, differentiable and without side effects. The engine needs value and gradient of
-a few rows at a time without new buffers, so `divergence_rows_` restates each by hand; the price is two forms of the
-same maths, which the tests hold together to 1e-10.
+a few rows at a time without new buffers, so `divergence_rows_` restates each by hand; the tests hold both forms
+together to 1e-10.
 
 Shapes: ... any leading shape, V classes (ids, or the k + 1 buckets of a sparse target), R rows.
 p is the teacher, q the student. A log-probability of -inf counts as -1e5, so that p = 0 adds 0 and never NaN.

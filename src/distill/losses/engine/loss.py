@@ -1,8 +1,8 @@
 """KD loss, LM loss and their gradients from hidden states and head weights, in the memory of one chunk of tokens.
 
 The vocabulary dominates distillation, so loss and gradients are computed together in the forward pass, chunk by chunk,
-and a [tokens, vocabulary] tensor never exists; backward only multiplies by the incoming gradient. The price: the
-weights of the two losses must be known in the forward pass, and every element-wise step is written by hand, in place.
+and a [tokens, vocabulary] tensor never exists; backward only multiplies by the incoming gradient. So the weights of the
+two losses must be known in the forward pass, and every element-wise step is written by hand, in place.
 
 Matrix products run in the compute dtype: the autocast dtype where autocast is on, else that of the hidden states; in
 fp32 on a CPU that has no units for it. Softmax, sums and the head's gradient are in fp32, and in fp64 for an fp64

@@ -1,7 +1,7 @@
 """Weight-free validation metrics: sums from the loss engine, added up over batches and ranks, divided once.
 
-Float64 sums with a single division, so that neither batch sizes nor ranks bend the result; the price is that only what
-the engine sums can be a metric.
+Float64 sums with a single division, so that neither batch sizes nor ranks bend the result; so only what the engine
+sums can be a metric.
 """
 
 import math

@@ -1,8 +1,8 @@
 """The element-wise part of the loss engine: a few rows of logits in, values per row and gradients out.
 
-Everything works in place, in the logits themselves and in a handful of buffers that are small enough to stay in a
-CPU's cache; the price is that each function says which buffers it fills and which of its arguments it overwrites.
-Gradients are with respect to the student's finished logits (head's bias, scale and soft-cap applied) divided by T.
+Everything works in place, in the logits themselves and in a handful of buffers that are small enough to stay in a CPU's
+cache, so each function says which buffers it fills and which of its arguments it overwrites. Gradients are with respect
+to the student's finished logits (head's bias, scale and soft-cap applied) divided by T.
 
 Shapes: R rows, V vocabulary of one model, S shared vocabulary, K kept or drawn ids.
 """
