@@ -108,7 +108,7 @@ def test_draws_repeat_with_their_seed(run):
 
 def test_command(run, tmp_path, capsys, monkeypatch):
     file = tmp_path / "prompts.txt"
-    file.write_text("for name in\n\nimport\n")
+    file.write_text("\ufefffor name in\n\nimport\n", encoding="utf-8")  # a byte order mark is no text
     arguments = ["--max_new_tokens", "4", "--json"]
     assert command.main([run, "--prompt", "def", "--prompt_file", str(file), *arguments]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -180,7 +180,8 @@ def main(arguments: list[str]) -> int:
     if file is not None:
         if file != "-" and not Path(file).is_file():
             raise UserError(f"--prompt_file: {file} does not exist; correct the path")
-        lines = (sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")).splitlines()
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+        lines = text.removeprefix("\ufeff").splitlines()  # a byte order mark is no text
         prompts += [line for line in lines if line.strip()]
         if not prompts:
             raise UserError(f"--prompt_file: {file} has no prompts; write one a line")

@@ -82,10 +82,13 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False, key: str = "
     folder = model_folder(source, key)
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         explain(error, source, key, folder, tokenizer=True)
         raise
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = tokenizer.chat_template.removeprefix("\ufeff")  # a byte order mark is no text
+    return tokenizer
 
 
 def student_from_config(

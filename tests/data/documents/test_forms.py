@@ -1,6 +1,7 @@
 """Ids, labels and bytes of every form against transformers' own templates and masks, and what is refused."""
 
 import json
+import shutil
 from functools import partial
 
 import numpy as np
@@ -12,6 +13,7 @@ from distill.data.documents.encode import Encoder
 from distill.data.documents.files import load_documents, place_of
 from distill.data.rows.packing import pack
 from distill.errors import UserError
+from distill.models.load import load_tokenizer
 from helpers.chat_templates import MARKED, PLAIN, UNSTABLE
 
 
@@ -285,3 +287,21 @@ def test_forms_do_not_mix_in_one_table(tmp_path):
     options = {"config": None, "split": "train", "text_column": "text"}
     with pytest.raises(UserError, match=r"mixes documents of different forms \(messages and text\)"):
         load_documents(str(tmp_path), **options)
+
+
+def test_a_byte_order_mark_in_a_template_is_no_text(chat_tokenizer, chat_folder, tmp_path):
+    turns = {"messages": [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]]}
+    [(expected, _, _)] = Encoder(chat_tokenizer, Chat(PLAIN))(turns)
+    own = tmp_path / "own"
+    shutil.copytree(chat_folder, own)
+    for path in (tmp_path / "given.jinja", own / "chat_template.jinja"):
+        path.write_text("\ufeff" + PLAIN, encoding="utf-8")
+    for tokenizer, template in (
+        (chat_tokenizer, read_template(str(tmp_path / "given.jinja"))),
+        (chat_tokenizer, read_template("\ufeff" + PLAIN)),
+        (chat_tokenizer, "\ufeff" + PLAIN),
+        (load_tokenizer(str(own)), None),
+    ):
+        [(ids, _, _)] = Encoder(tokenizer, Chat(template))(turns)
+        assert ids.tolist() == expected.tolist()
+    assert load_tokenizer(str(own)).chat_template == PLAIN
