@@ -100,7 +100,7 @@ def test_kernel_equals_autograd_in_float64(name, vocab, teacher_vocab, temperatu
     expected = reference(student, teacher, labels, heads, kd, shared, temperature, factors)
     kd_N, lm_N = torch.empty(N) if kd else None, torch.empty(N) if lm else None
     low = torch.empty(N, vocab, dtype=torch.bfloat16)
-    for gradient, tolerance in ((low, 5e-3), (student, 1e-6)):
+    for gradient, tolerance in ((low, 2**-7), (student, 1e-6)):
         fused.fused_rows_(
             student, teacher if kd else None, labels, gradient, kd_N, lm_N, heads, kd, shared, temperature, factors
         )
@@ -177,7 +177,7 @@ pointers = dict.fromkeys(("student", "teacher", "kd_values", "lm_values", "stude
 pointers |= {"gradient": "*bf16", "labels": "*i64"}
 whole = ("vocab", "shared", "student_stride", "teacher_stride", "gradient_stride")
 for kind in ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation", "none"):
-    constants = dict(KIND=kind, LM=True, GRADIENT=True, WHOLE=True, BIASES=0, CAPS=0, BLOCK=_BLOCK)
+    constants = dict(KIND=kind, LM=True, SAME=False, GRADIENT=True, FINISH=0, BLOCK=_BLOCK)
     names = fused_rows.arg_names
     signature = {n: pointers.get(n, "i32" if n in whole else "constexpr" if n in constants else "fp32") for n in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in pointers or n in whole}

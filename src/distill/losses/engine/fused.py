@@ -99,12 +99,16 @@ def _operation(
     def there(tensor: Tensor | None) -> Tensor:
         return student if tensor is None else tensor  # what is not there is not read
 
+    finishes = [
+        (bias is not None) + 2 * (finish[i] != 1) + 4 * (finish[i + 1] > 0)
+        for i, bias in ((0, student_bias), (2, teacher_bias))
+    ]
     fused_rows[(len(student),)](
         student, there(teacher), there(gradient), labels, there(kd_values), there(lm_values), there(student_bias),
         there(teacher_bias), student.shape[1], shared, student.stride(0), there(teacher).stride(0),
-        there(gradient).stride(0), *finish, *numbers, kind, lm_values is not None, gradient is not None,
-        shared == student.shape[1], (student_bias is not None) + 2 * (teacher_bias is not None),
-        (finish[1] > 0) + 2 * (finish[3] > 0), _BLOCK, num_warps=_WARPS,
+        there(gradient).stride(0), *finish, *numbers, KIND=kind, LM=lm_values is not None,
+        SAME=kind != "none" and numbers[0] == 1 and shared == student.shape[1], GRADIENT=gradient is not None,
+        FINISH=finishes[0] + 8 * finishes[1], BLOCK=_BLOCK, num_warps=_WARPS,
     )  # fmt: skip
 
 

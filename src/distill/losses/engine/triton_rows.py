@@ -5,61 +5,82 @@ mean over the row that these sums do not give (JSD, skew, total variation), and 
 follows another goes backwards, so that it finds in the cache what the one before read last. The functions of `rows.py`
 are the same mathematics for a CPU and for everything that this kernel does not do: sparse targets, metrics, float64.
 
+Under the matrix products before and after it a GPU lowers its clock, so instructions count as much as bytes: logarithms
+are to base 2, as the hardware has them, and no thread waits for another before the end of a walk.
+
 This file needs triton and is imported by `fused.py` alone, where the kernel is first launched.
 
-Names: x student's logit, y teacher's, q and p their probabilities at T, m their mixture; v ids of a block of a row.
-A side is a model's row: (pointer, pointer to its bias, scale, soft-cap).
+Names: x student's logit, y teacher's, q and p their probabilities at T, m their mixture; v ids of a tile of a row, four
+neighbours along its second dimension, which one thread reads at once.
+A side is a model's row: (pointer, pointer to its bias, scale, soft-cap). FINISH says which of bias (1), scale (2) and
+soft-cap (4) it has; eight times the teacher's is added to the student's.
 """
 
 import triton
 import triton.language as tl
 
-LOG_FLOOR = tl.constexpr(-1e5)  # as in divergence.py
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+FLOOR = tl.constexpr(-144269.5)  # -1e5 nats, as in divergence.py
 TINY = tl.constexpr(1.1754944e-38)  # the least normal number of fp32
 ALL = tl.constexpr(tl.PropagateNan.ALL)
 
 
 @triton.jit
+def _tile(start: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
+    """Ids from `start` on, (BLOCK / 4, 4)."""
+    return start + 4 * tl.arange(0, BLOCK // 4)[:, None] + tl.arange(0, 4)[None, :]
+
+
+@triton.jit
 def _tanh(u: tl.tensor) -> tl.tensor:
-    """Hyperbolic tangent to the last bits of fp32: a series near 0, where the quotient of exponentials cancels."""
+    """Hyperbolic tangent to the last bits of fp32: a series near 0, where the difference cancels."""
     w = u * u
     series = u + u * w * (-1 / 3 + w * (2 / 15 + w * (-17 / 315 + w * (62 / 2835))))
-    decay = tl.exp(-2 * tl.abs(u))
-    quotient = (1 - decay) / (1 + decay)
-    return tl.where(tl.abs(u) < 0.25, series, tl.where(u < 0, -quotient, quotient))
+    return tl.where(tl.abs(u) < 0.25, series, 1 - 2 / (1 + tl.exp2(u * (2 * LOG2_E))))
 
 
 @triton.jit
-def _logits(side: tl.tuple, v: tl.tensor, width: tl.tensor, BIAS: tl.constexpr, CAP: tl.constexpr) -> tl.tensor:
-    """Logits of a block of ids with bias, scale and soft-cap; -inf beyond `width`."""
-    x = tl.load(side[0] + v, mask=v < width, other=0.0).to(tl.float32)
-    if BIAS:
-        x += tl.load(side[1] + v, mask=v < width, other=0.0).to(tl.float32)
-    x *= side[2]
-    if CAP:
-        x = side[3] * _tanh(x / side[3])
-    return tl.where(v < width, x, -float("inf"))
+def _logits(side: tl.tuple, v: tl.tensor, width: tl.tensor, FINISH: tl.constexpr, MASKED: tl.constexpr) -> tl.tensor:
+    """Logits of a tile with bias, scale and soft-cap; -inf from `width` on, which only a MASKED tile reaches."""
+    if MASKED:
+        x = tl.load(side[0] + v, mask=v < width, other=0.0).to(tl.float32)
+    else:
+        x = tl.load(side[0] + v).to(tl.float32)
+    if FINISH % 2:
+        if MASKED:
+            x += tl.load(side[1] + v, mask=v < width, other=0.0).to(tl.float32)
+        else:
+            x += tl.load(side[1] + v).to(tl.float32)
+    if FINISH // 2 % 2:
+        x *= side[2]
+    if FINISH // 4:
+        x = side[3] * _tanh(x * (1 / side[3]))
+    if MASKED:
+        x = tl.where(v < width, x, -float("inf"))
+    return x
 
 
 @triton.jit
-def _logprobs(x: tl.tensor, largest: tl.tensor, log_sum: tl.tensor, inv_t: tl.tensor) -> tl.tensor:
-    """Floored log-probabilities at T; a NaN stays one."""
-    return tl.maximum((x - largest) * inv_t - log_sum, LOG_FLOOR, propagate_nan=ALL)
+def _logprobs(x: tl.tensor, largest: tl.tensor, log_sum: tl.tensor, c: tl.tensor) -> tl.tensor:
+    """Floored log2-probabilities at T; a NaN stays one."""
+    return tl.maximum((x - largest) * c - log_sum, FLOOR, propagate_nan=ALL)
 
 
 @triton.jit
 def _log_mixture(first: tl.tensor, second: tl.tensor, weight: tl.tensor) -> tl.tensor:
-    """log(weight first + (1 - weight) second)."""
-    return tl.log(tl.maximum(weight * first + (1 - weight) * second, TINY, propagate_nan=ALL))
+    """log2(weight first + (1 - weight) second)."""
+    return tl.log2(tl.maximum(weight * first + (1 - weight) * second, TINY, propagate_nan=ALL))
 
 
 @triton.jit
 def _terms(log_q: tl.tensor, log_p: tl.tensor, share: tl.tensor, KIND: tl.constexpr) -> tl.tuple:
     """q, p, what each id adds to the divergence, and g in the gradient q (g - mean of g under q).
 
-    For JSD the factor 1 - beta of the gradient is the caller's; forward KL needs no g, for its gradient is q - p.
+    Value and g are to base 2 but for total variation, and the caller's factors put that right. For JSD the factor
+    1 - beta of the gradient is the caller's too; forward KL needs no g, for its gradient is q - p.
     """
-    q, p = tl.exp(log_q), tl.exp(log_p)
+    q, p = tl.exp2(log_q), tl.exp2(log_p)
     if KIND == "forward_kl":
         g = log_q
         value = p * (log_p - log_q)
@@ -73,11 +94,11 @@ def _terms(log_q: tl.tensor, log_p: tl.tensor, share: tl.tensor, KIND: tl.conste
     elif KIND == "skew_forward_kl":
         ratio = log_p - _log_mixture(p, q, share)
         value = p * ratio
-        g = (share - 1) * tl.exp(ratio)
+        g = (share - 1) * LOG2_E * tl.exp2(ratio)
     elif KIND == "skew_reverse_kl":
         ratio = log_q - _log_mixture(q, p, share)
         value = q * ratio
-        g = ratio - share * tl.exp(ratio)
+        g = ratio - share * LOG2_E * tl.exp2(ratio)
     else:  # total variation
         value = 0.5 * tl.abs(q - p)
         g = tl.where(q > p, 0.5, tl.where(q < p, -0.5, 0.0))
@@ -85,50 +106,109 @@ def _terms(log_q: tl.tensor, log_p: tl.tensor, share: tl.tensor, KIND: tl.conste
 
 
 @triton.jit
+def _add(x: tl.tensor, top: tl.tensor, total: tl.tensor, c: tl.tensor) -> tl.tuple:
+    """Running maxima of a tile's rows and sums of exp2(c (x - maximum)), and by what these shrank."""
+    higher = tl.maximum(top, tl.max(x, 1))
+    shrink = tl.exp2((top - higher) * c)
+    return higher, total * shrink + tl.sum(tl.exp2((x - higher[:, None]) * c), 1), shrink
+
+
+@triton.jit
+def _add_both(
+    v: tl.tensor,
+    student: tl.tuple,
+    teacher: tl.tuple,
+    widths: tl.tuple,
+    c: tl.tensor,
+    sums: tl.tuple,
+    KIND: tl.constexpr,
+    ALONE: tl.constexpr,
+    FINISH: tl.constexpr,
+    MASKED: tl.constexpr,
+) -> tl.tuple:
+    """The running sums of `_sums` after one more tile; x at T = 1 is ALONE where it is not what x at T is."""
+    top, sum_1, top_x, sum_x, top_y, sum_y, cross = sums
+    x = _logits(student, v, widths[0], FINISH % 8, MASKED)
+    if ALONE:
+        top, sum_1, _ = _add(x, top, sum_1, LOG2_E)
+    if KIND != "none":
+        y = _logits(teacher, v, widths[1], FINISH // 8, MASKED)
+        if MASKED:
+            x = tl.where(v < widths[1], x, -float("inf"))
+        before_x, before_y, before_sum = top_x, top_y, sum_x
+        top_x, sum_x, shrink = _add(x, top_x, sum_x, c)
+        top_y, sum_y, _ = _add(y, top_y, sum_y, c)
+        if KIND == "reverse_kl":  # of exp2(c (x - top_x)) ((x - top_x) - (y - top_y))
+            x, y = x - top_x[:, None], y - top_y[:, None]
+            moved = tl.where(before_sum == 0, 0.0, (before_x - top_x) - (before_y - top_y))
+            apart = tl.maximum(x, FLOOR) - tl.maximum(y, FLOOR)
+            cross = (cross + before_sum * moved) * shrink + tl.sum(tl.exp2(x * c) * apart, 1)
+    return top, sum_1, top_x, sum_x, top_y, sum_y, cross
+
+
+@triton.jit
 def _sums(
     student: tl.tuple,
     teacher: tl.tuple,
     widths: tl.tuple,
-    inv_t: tl.tensor,
+    full: tl.tensor,
+    c: tl.tensor,
     KIND: tl.constexpr,
     LM: tl.constexpr,
-    WHOLE: tl.constexpr,
-    BIASES: tl.constexpr,
-    CAPS: tl.constexpr,
+    SAME: tl.constexpr,
+    FINISH: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> tl.tuple:
-    """Largest logit and log of the sum of exponentials, of x at T = 1, of x over the shared ids and of y, both at T;
-    and the mean of log(q / p) under q, in running form, for reverse KL.
+    """Largest logit and log2 of the sum of exponentials, of x at T = 1, of x over the shared ids and of y, both at T;
+    and the mean of log2(q / p) under q for reverse KL.
     """
-    lowest = tl.full([], -1e38, tl.float32)  # finite, so that a block of excluded ids adds 0 and not NaN
-    top, top_x, top_y = lowest, lowest, lowest
-    sum_1 = tl.zeros([BLOCK], tl.float32)
-    sum_x = tl.zeros([BLOCK], tl.float32)
-    sum_y = tl.zeros([BLOCK], tl.float32)
-    cross = tl.zeros([BLOCK], tl.float32)  # of exp((x - top_x) / T) ((x - top_x) - (y - top_y))
-    for start in range(0, widths[0], BLOCK):
-        v = start + tl.arange(0, BLOCK)
-        x = _logits(student, v, widths[0], BIASES % 2, CAPS % 2)
-        if LM or KIND == "none":
-            before, top = top, tl.maximum(top, tl.max(x))
-            sum_1 = sum_1 * tl.exp(before - top) + tl.exp(x - top)
-        if KIND != "none":
-            y = _logits(teacher, v, widths[1], BIASES // 2, CAPS // 2)
-            if not WHOLE:
-                x = tl.where(v < widths[1], x, -float("inf"))
-            before_x, top_x = top_x, tl.maximum(top_x, tl.max(x))
-            before_y, top_y = top_y, tl.maximum(top_y, tl.max(y))
-            e = tl.exp((x - top_x) * inv_t)
-            shrink = tl.exp((before_x - top_x) * inv_t)
-            if KIND == "reverse_kl":
-                moved = tl.where(sum_x == 0, 0.0, (before_x - top_x) - (before_y - top_y))
-                apart = tl.maximum(x - top_x, LOG_FLOOR) - tl.maximum(y - top_y, LOG_FLOOR)
-                cross = (cross + sum_x * moved) * shrink + e * apart
-            sum_x = sum_x * shrink + e
-            sum_y = sum_y * tl.exp((before_y - top_y) * inv_t) + tl.exp((y - top_y) * inv_t)
-    total_x, total_y = tl.sum(sum_x), tl.sum(sum_y)
-    log_x, log_y = tl.log(total_x), tl.log(total_y)
-    return top, tl.log(tl.sum(sum_1)), top_x, log_x, top_y, log_y, tl.sum(cross) / total_x * inv_t - log_x + log_y
+    ALONE: tl.constexpr = KIND == "none" or (LM and not SAME)
+    lowest = tl.full([BLOCK // 4], -1e38, tl.float32)  # finite, so that a tile of excluded ids adds 0 and not NaN
+    zero = tl.zeros([BLOCK // 4], tl.float32)
+    top, sum_1, top_x, sum_x, top_y, sum_y, cross = lowest, zero, lowest, zero, lowest, zero, zero
+    for start in range(0, full, BLOCK):
+        top, sum_1, top_x, sum_x, top_y, sum_y, cross = _add_both(
+            _tile(start, BLOCK), student, teacher, widths, c, (top, sum_1, top_x, sum_x, top_y, sum_y, cross), KIND,
+            ALONE, FINISH, False,
+        )  # fmt: skip
+    for start in range(full, widths[0], BLOCK):
+        top, sum_1, top_x, sum_x, top_y, sum_y, cross = _add_both(
+            _tile(start, BLOCK), student, teacher, widths, c, (top, sum_1, top_x, sum_x, top_y, sum_y, cross), KIND,
+            ALONE, FINISH, True,
+        )  # fmt: skip
+    all_x, all_y = tl.max(top_x), tl.max(top_y)
+    weight = tl.exp2((top_x - all_x) * c)
+    total_x, total_y = tl.sum(sum_x * weight), tl.sum(sum_y * tl.exp2((top_y - all_y) * c))
+    log_x, log_y, mean = tl.log2(total_x), tl.log2(total_y), 0.0
+    if KIND == "reverse_kl":
+        cross += tl.where(sum_x == 0, 0.0, sum_x * ((top_x - all_x) - (top_y - all_y)))
+        mean = tl.sum(cross * weight) / total_x * c - log_x + log_y
+    if ALONE:
+        all_1 = tl.max(top)
+        log_1 = tl.log2(tl.sum(sum_1 * tl.exp2((top - all_1) * LOG2_E)))
+    else:
+        all_1, log_1 = all_x, log_x
+    return all_1, log_1, all_x, log_x, all_y, log_y, mean
+
+
+@triton.jit
+def _mean_tile(
+    v: tl.tensor,
+    student: tl.tuple,
+    teacher: tl.tuple,
+    shared: tl.tensor,
+    sums: tl.tuple,
+    numbers: tl.tuple,
+    KIND: tl.constexpr,
+    FINISH: tl.constexpr,
+    MASKED: tl.constexpr,
+) -> tl.tuple:
+    """What a tile adds to the divergence and to the mean of g under q."""
+    x = _logits(student, v, shared, FINISH % 8, MASKED)
+    y = _logits(teacher, v, shared, FINISH // 8, MASKED)
+    log_q, log_p = _logprobs(x, sums[2], sums[3], numbers[0]), _logprobs(y, sums[4], sums[5], numbers[0])
+    q, _, value, g = _terms(log_q, log_p, numbers[1], KIND)
+    return tl.sum(value, 1), tl.sum(q * g, 1)
 
 
 @triton.jit
@@ -137,26 +217,78 @@ def _mean(
     teacher: tl.tuple,
     shared: tl.tensor,
     sums: tl.tuple,
-    inv_t: tl.tensor,
-    share: tl.tensor,
+    numbers: tl.tuple,
     KIND: tl.constexpr,
-    BIASES: tl.constexpr,
-    CAPS: tl.constexpr,
+    FINISH: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> tl.tuple:
-    """The divergence of a row, and the mean of g under q."""
-    values = tl.zeros([BLOCK], tl.float32)
-    means = tl.zeros([BLOCK], tl.float32)
-    blocks = tl.cdiv(shared, BLOCK)
-    for i in range(0, blocks):
-        v = (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
-        x = _logits(student, v, shared, BIASES % 2, CAPS % 2)
-        y = _logits(teacher, v, shared, BIASES // 2, CAPS // 2)
-        log_q, log_p = _logprobs(x, sums[2], sums[3], inv_t), _logprobs(y, sums[4], sums[5], inv_t)
-        q, _, value, g = _terms(log_q, log_p, share, KIND)
+    """The divergence of a row, and the mean of g under q; backwards."""
+    full = shared // BLOCK * BLOCK
+    values = tl.zeros([BLOCK // 4], tl.float32)
+    means = tl.zeros([BLOCK // 4], tl.float32)
+    if full < shared:
+        value, mean = _mean_tile(
+            _tile(full, BLOCK), student, teacher, shared, sums, numbers, KIND, FINISH, True
+        )  # fmt: skip
         values += value
-        means += q * g
+        means += mean
+    for done in range(BLOCK, full + BLOCK, BLOCK):
+        value, mean = _mean_tile(
+            _tile(full - done, BLOCK), student, teacher, shared, sums, numbers, KIND, FINISH, False
+        )  # fmt: skip
+        values += value
+        means += mean
     return tl.sum(values), tl.sum(means)
+
+
+@triton.jit
+def _last_tile(
+    v: tl.tensor,
+    student: tl.tuple,
+    teacher: tl.tuple,
+    gradient: tl.tensor,
+    label: tl.tensor,
+    widths: tl.tuple,
+    sums: tl.tuple,
+    mean: tl.tensor,
+    numbers: tl.tuple,
+    KIND: tl.constexpr,
+    LM: tl.constexpr,
+    SAME: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    FINISH: tl.constexpr,
+    MASKED: tl.constexpr,
+) -> tl.tensor:
+    """Writes the gradient of a tile; returns what it adds to the divergence."""
+    c, share, kd_factor, lm_factor = numbers
+    x = _logits(student, v, widths[0], FINISH % 8, MASKED)
+    total = x * 0.0
+    value = x * 0.0
+    if KIND != "none":
+        y = _logits(teacher, v, widths[1], FINISH // 8, MASKED)
+        shared_x = x
+        if MASKED:
+            shared_x = tl.where(v < widths[1], x, -float("inf"))
+        log_q, log_p = _logprobs(shared_x, sums[2], sums[3], c), _logprobs(y, sums[4], sums[5], c)
+        q, p, value, g = _terms(log_q, log_p, share, KIND)
+        if KIND == "forward_kl":
+            total = kd_factor * (q - p)
+        else:
+            total = kd_factor * q * (g - mean)
+    if LM:
+        if SAME:
+            total += lm_factor * q
+        else:
+            total += lm_factor * tl.exp2((x - sums[0]) * LOG2_E - sums[1])
+        total -= tl.where(v == label, lm_factor, 0.0)
+    if FINISH // 4 % 2:
+        total *= 1 - (x / student[3]) * (x / student[3])
+    if GRADIENT:
+        if MASKED:
+            tl.store(gradient + v, total.to(gradient.dtype.element_ty), mask=v < widths[0])
+        else:
+            tl.store(gradient + v, total.to(gradient.dtype.element_ty))
+    return tl.sum(value, 1)
 
 
 @triton.jit
@@ -166,43 +298,33 @@ def _last(
     gradient: tl.tensor,
     label: tl.tensor,
     widths: tl.tuple,
+    full: tl.tensor,
     sums: tl.tuple,
     mean: tl.tensor,
-    inv_t: tl.tensor,
-    share: tl.tensor,
-    factors: tl.tuple,
+    numbers: tl.tuple,
     KIND: tl.constexpr,
     LM: tl.constexpr,
+    SAME: tl.constexpr,
     GRADIENT: tl.constexpr,
-    BIASES: tl.constexpr,
-    CAPS: tl.constexpr,
+    FINISH: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> tl.tensor:
-    """Writes the gradient of a row; returns its divergence."""
-    values = tl.zeros([BLOCK], tl.float32)
-    blocks = tl.cdiv(widths[0], BLOCK)
-    TWO: tl.constexpr = KIND == "none" or KIND == "forward_kl" or KIND == "reverse_kl"
-    for i in range(0, blocks):
-        start = (blocks - 1 - i) * BLOCK if TWO else i * BLOCK  # away from where the walk before it ended
-        v = start + tl.arange(0, BLOCK)
-        x = _logits(student, v, widths[0], BIASES % 2, CAPS % 2)
-        total = tl.zeros([BLOCK], tl.float32)
-        if KIND != "none":
-            y = _logits(teacher, v, widths[1], BIASES // 2, CAPS // 2)
-            shared_x = tl.where(v < widths[1], x, -float("inf"))
-            log_q, log_p = _logprobs(shared_x, sums[2], sums[3], inv_t), _logprobs(y, sums[4], sums[5], inv_t)
-            q, p, value, g = _terms(log_q, log_p, share, KIND)
-            values += value
-            if KIND == "forward_kl":
-                total = factors[0] * (q - p)
-            else:
-                total = factors[0] * q * (g - mean)
-        if LM:
-            total += factors[1] * (tl.exp(x - sums[0] - sums[1]) - tl.where(v == label, 1.0, 0.0))
-        if CAPS % 2:
-            total *= 1 - (x / student[3]) * (x / student[3])
-        if GRADIENT:
-            tl.store(gradient + v, total.to(gradient.dtype.element_ty), mask=v < widths[0])
+    """Writes the gradient of a row; returns its divergence. From the end where the walk before it arrived."""
+    BACK: tl.constexpr = KIND == "none" or KIND == "forward_kl" or KIND == "reverse_kl"
+    values = tl.zeros([BLOCK // 4], tl.float32)
+    for done in range(0, full, BLOCK):
+        start = done
+        if BACK:
+            start = full - BLOCK - done
+        values += _last_tile(
+            _tile(start, BLOCK), student, teacher, gradient, label, widths, sums, mean, numbers, KIND, LM, SAME,
+            GRADIENT, FINISH, False,
+        )  # fmt: skip
+    for start in range(full, widths[0], BLOCK):
+        values += _last_tile(
+            _tile(start, BLOCK), student, teacher, gradient, label, widths, sums, mean, numbers, KIND, LM, SAME,
+            GRADIENT, FINISH, True,
+        )  # fmt: skip
     return tl.sum(values)
 
 
@@ -231,10 +353,9 @@ def fused_rows(
     lm_factor: tl.tensor,
     KIND: tl.constexpr,
     LM: tl.constexpr,
+    SAME: tl.constexpr,
     GRADIENT: tl.constexpr,
-    WHOLE: tl.constexpr,
-    BIASES: tl.constexpr,
-    CAPS: tl.constexpr,
+    FINISH: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """One row of V ids: values at `kd_values` and `lm_values`, gradient at `gradient`, which may be the logits.
@@ -242,39 +363,41 @@ def fused_rows(
     Args:
         student, teacher, gradient: first elements, whose rows stand so many elements apart.
         labels: int64 id per row.
-        student_bias, teacher_bias: read where BIASES says so.
+        student_bias, teacher_bias, student_scale, student_cap, teacher_scale, teacher_cap: of the heads, see `LMHead`;
+            read where FINISH says so.
         vocab, shared: ids of the student, and those that KD compares.
-        student_scale, student_cap, teacher_scale, teacher_cap: of the heads, see `LMHead`.
         inv_t: 1 / T.
         share: beta or alpha of the divergence.
         kd_factor, lm_factor: of the gradients with respect to logits / T and logits.
         KIND: the divergence, or "none".
         LM, GRADIENT: whether there is an LM loss, and a gradient to write.
-        WHOLE: whether `shared` is `vocab`.
-        BIASES, CAPS: 1 for the student's + 2 for the teacher's.
+        SAME: whether the student's softmax in both losses is one: T is 1 and `shared` is `vocab`.
         BLOCK: ids at a time, a power of two.
     """
     row = tl.program_id(0).to(tl.int64)
     gradient += row * gradient_stride
     one = (student + row * student_stride, student_bias, student_scale, student_cap)
     other = (teacher + row * teacher_stride, teacher_bias, teacher_scale, teacher_cap)
-    widths, factors = (vocab, shared), (kd_factor, lm_factor)
-    sums = _sums(one, other, widths, inv_t, KIND, LM, WHOLE, BIASES, CAPS, BLOCK)
+    unit: tl.constexpr = 1.0 if KIND == "total_variation" else LN_2  # of values and g, see `_terms`
+    scaled: tl.constexpr = 1.0 if KIND == "total_variation" or KIND == "forward_kl" else LN_2
+    widths, c = (vocab, shared), inv_t * LOG2_E
+    full = shared // BLOCK * BLOCK  # from where on tiles are masked
+    numbers = (c, share, kd_factor * scaled, lm_factor)
+    sums = _sums(one, other, widths, full, c, KIND, LM, SAME, FINISH, BLOCK)
     label = tl.load(labels + row)
     if LM:
-        at_label = _logits(one, label, vocab, BIASES % 2, CAPS % 2)
-        tl.store(lm_values + row, sums[0] - at_label + sums[1])
+        at_label = _logits(one, label, vocab, FINISH % 8, False)
+        tl.store(lm_values + row, sums[0] - at_label + sums[1] * LN_2)
     TWO: tl.constexpr = KIND == "none" or KIND == "forward_kl" or KIND == "reverse_kl"
     value, mean = 0.0, sums[6]
     if not TWO:
-        value, mean = _mean(one, other, shared, sums, inv_t, share, KIND, BIASES, CAPS, BLOCK)
+        value, mean = _mean(one, other, shared, sums, numbers, KIND, FINISH, BLOCK)
     if GRADIENT or TWO:
         tl.debug_barrier()  # the gradient may overwrite the label's logit, which every thread must have read
         found = _last(
-            one, other, gradient, label, widths, sums, mean, inv_t, share, factors, KIND, LM, GRADIENT, BIASES, CAPS,
-            BLOCK,
-        )  # fmt: skip
+            one, other, gradient, label, widths, full, sums, mean, numbers, KIND, LM, SAME, GRADIENT, FINISH, BLOCK
+        )
         if TWO:
             value = found
     if KIND != "none":
-        tl.store(kd_values + row, value)
+        tl.store(kd_values + row, value * unit)
