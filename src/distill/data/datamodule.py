@@ -250,13 +250,15 @@ class DistillationDataModule(L.LightningDataModule):
 
     def _reader(self) -> Reader:
         """How this process reads, once it is sure that Lightning won't deal out the rows a second time."""
-        trainer, ranks = self.trainer, {}
+        trainer = self.trainer
+        ranks: dict[str, Any] = {}
         if trainer is not None:
             if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
                 raise UserError(
                     "trainer.use_distributed_sampler: true deals out rows that are dealt out already; set it to false"
                 )
             ranks = {"rank": trainer.global_rank, "world_size": trainer.world_size}
+            ranks["pin"] = trainer.strategy.root_device.type == "cuda"
         return Reader(self.per_device_batch_size, self.num_workers, self.seed, **ranks)
 
     def train_dataloader(self) -> ResumableLoader | StreamLoader:

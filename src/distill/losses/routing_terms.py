@@ -100,7 +100,7 @@ def student_aware_route(
     gates_NE, experts = view.gates(capture, rows_N), view.num_experts
     log_share_NE, projected_ND = view.log_share(gates_NE), full_precision(projected_ND.detach())
     indices, mixtures, gaps = [], [], []
-    for part in chunks(len(rows_N), experts * view.width * projected_ND.element_size()):
+    for part in chunks(len(rows_N), experts * view.width * projected_ND.element_size(), rows_N.device):
         outputs_END = view.outputs(capture, rows_N[part])
         gap_NE = (projected_ND[part] - normalise(outputs_END)).square().mean(-1).T
         weights_NK, index_NK = student_aware_weights(gates_NE[part], log_share_NE[part], gap_NE, k, tau)

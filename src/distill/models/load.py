@@ -29,7 +29,7 @@ from distill.models.quiet import quiet_transformers
 def load_model(
     source: str,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     key: str = "model.teacher",
@@ -38,7 +38,7 @@ def load_model(
 
     Args:
         source: hub id, local folder, GGUF file or `package://name/path`.
-        dtype: of the weights.
+        dtype: of the weights; None = that of the files.
         trust_remote_code: run model code that comes with the weights.
         allow_pickle: accept `pytorch_model.bin`.
         key: YAML key that error messages name.
@@ -51,7 +51,7 @@ def load_model(
         with quiet_transformers(downloads=True):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
-                dtype=dtype,
+                dtype="auto" if dtype is None else dtype,
                 trust_remote_code=trust_remote_code,
                 use_safetensors=None if allow_pickle else True,
                 output_loading_info=True,

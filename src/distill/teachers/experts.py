@@ -26,6 +26,7 @@ from distill.models.precision import full_precision
 
 Capture = dict[str, Tensor]  # what the hooks of one layer kept, detached
 CHUNK_BYTES = 32 * 2**20  # of one block of expert outputs [E, n, D]
+CHUNK_BYTES_ELSEWHERE = 512 * 2**20  # on an accelerator, where a small block does not keep the device busy
 
 
 @dataclass
@@ -50,9 +51,9 @@ def flat(x: Tensor) -> Tensor:
     return x.detach().flatten(0, -2)
 
 
-def chunks(num_rows: int, row_bytes: int) -> Iterator[slice]:
-    """Slices of rows that stay within CHUNK_BYTES."""
-    step = max(1, CHUNK_BYTES // row_bytes)
+def chunks(num_rows: int, row_bytes: int, device: torch.device) -> Iterator[slice]:
+    """Slices of rows that stay within the bytes that a block may take on a device."""
+    step = max(1, (CHUNK_BYTES if device.type == "cpu" else CHUNK_BYTES_ELSEWHERE) // row_bytes)
     return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
 
 
@@ -112,7 +113,7 @@ class MoeView:
             return Routed(gates_NE, index_NK)
         input_ND, experts = capture["input_TD"].index_select(0, rows_N), self.whole().experts
         mixture_ND = torch.empty_like(input_ND)
-        for part in chunks(len(rows_N), k * self.width * input_ND.element_size()):
+        for part in chunks(len(rows_N), k * self.width * input_ND.element_size(), rows_N.device):
             mixture_ND[part] = experts(input_ND[part], index_NK[part], weights_NK[part])
         return Routed(gates_NE, index_NK, mixture_ND)
 
@@ -174,10 +175,9 @@ class DenseView:
     @torch.no_grad()
     def route(self, capture: Capture, rows_N: Tensor, k: int, mixture: bool) -> Routed:
         """The k slices with the largest gates and the plain sum of their outputs."""
-        view = self.whole()
+        view, row_bytes = self.whole(), self.num_experts * self.width * capture["neurons_TI"].element_size()
         parts = [
-            view._route(capture, rows_N[part], k, mixture)
-            for part in chunks(len(rows_N), self.num_experts * self.width * capture["neurons_TI"].element_size())
+            view._route(capture, rows_N[part], k, mixture) for part in chunks(len(rows_N), row_bytes, rows_N.device)
         ] or [view._route(capture, rows_N, k, mixture)]
         sums = [part.mixture_ND for part in parts if part.mixture_ND is not None]
         return Routed(

@@ -255,7 +255,9 @@ def sampled_targets(
     for part in _chunked(targets):
         logprobs_NV = teacher_logprobs(part, temperature, vocab)
         probs_NV = logprobs_NV.exp()
-        drawn_NS = torch.multinomial(probs_NV, draws, replacement=True, generator=generator).sort(-1).values
+        # At least two, for of a single draw CUDA checks the probabilities on the host.
+        drawn_NS = torch.multinomial(probs_NV, max(2, draws), replacement=True, generator=generator)[:, :draws]
+        drawn_NS = drawn_NS.sort(-1).values
         is_new_NS = torch.ones_like(drawn_NS)
         is_new_NS[:, 1:] = drawn_NS[:, 1:] != drawn_NS[:, :-1]
         place_NS = is_new_NS.cumsum(-1) - 1  # equal ids are neighbours and share a place

@@ -16,7 +16,7 @@ from distill.models import load
 from distill.models.cut import most_important_layers
 from distill.models.fsdp2 import check_strategy, shard
 from distill.models.head import check_lm_head, lm_head_of
-from distill.models.precision import check_experts, student_dtype, teacher_dtype
+from distill.models.precision import cast, check_experts, student_dtype, teacher_dtype
 from distill.models.trace import merged
 from distill.teachers.online import OnlineTeacher, quantize
 from distill.teachers.source import Run, TargetSource
@@ -58,7 +58,9 @@ def build_models(options: ModelOptions, trainer: L.Trainer) -> tuple[PreTrainedM
     data = data_of(trainer)
     target = teacher_dtype(options.teacher_dtype, str(trainer.precision), trainer.strategy.root_device.type)
     sources: dict[str, Any] = options.student_sources
-    loaded = torch.float32 if options.student_layers is not None else target
+    loaded: torch.dtype | None = target
+    if options.student_layers is not None:  # which is cut from the weights as they are, rather than in `target`
+        loaded = torch.float32 if options.student_layers_by == "importance" else None
     teacher = load.load_model(options.teacher, dtype=loaded, key="model.teacher", **options.load_options)
     if options.student_layers_by == "importance" and isinstance(options.student_layers, int):
         kept = most_important_layers(teacher, options.student_layers, calibration_ids(data))
@@ -67,6 +69,8 @@ def build_models(options: ModelOptions, trainer: L.Trainer) -> tuple[PreTrainedM
     student = load.build_student(teacher, options.teacher, **sources)
     check_experts(teacher, target)
     check_experts(student, student_dtype(str(trainer.precision)))
+    cast(student, torch.float32)
+    cast(teacher, target)
     check_lm_head(teacher, lm_head_of(teacher))
     check_lm_head(student, lm_head_of(student))
     if getattr(data, "packing", False):
@@ -76,7 +80,7 @@ def build_models(options: ModelOptions, trainer: L.Trainer) -> tuple[PreTrainedM
         options.lora.add_to(student)
     if options.gradient_checkpointing:
         student.activation_checkpointing_enable()
-    return nn.Module.to(teacher, target), student.train()
+    return teacher, student.train()
 
 
 def data_of(trainer: L.Trainer) -> L.LightningDataModule | None:

@@ -8,6 +8,10 @@ from typing import Any, TypeVar
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.precision import HalfPrecision
+from torch import nn
+
+from distill.models.precision import cast, student_dtype
 
 Kind = TypeVar("Kind", bound=Callback)
 
@@ -41,6 +45,19 @@ def load_loader_states(trainer: L.Trainer) -> None:
     Asking for the horizon, as schedules must, makes the loaders before Lightning has restored their state.
     """
     trainer.fit_loop._load_combined_loader_states()
+
+
+def cast_as_loading_does(trainer: L.Trainer) -> None:
+    """Has true 16-bit precisions cast the student as `from_pretrained` would, see `models.precision.cast`."""
+    plugin = trainer.precision_plugin
+    if isinstance(plugin, HalfPrecision):
+        dtype = student_dtype(str(plugin.precision))
+
+        def convert(module: nn.Module) -> nn.Module:
+            cast(module, dtype)
+            return module
+
+        plugin.convert_module = convert  # type: ignore[method-assign]
 
 
 def leave_batches_as_they_are(trainer: L.Trainer) -> None:

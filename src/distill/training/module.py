@@ -32,6 +32,7 @@ from distill.training.horizon import horizon_of
 from distill.training.idle import IdleParameters
 from distill.training.lightning_internals import (
     callbacks_of,
+    cast_as_loading_does,
     leave_batches_as_they_are,
     load_loader_states,
     validate_between_steps,
@@ -39,7 +40,7 @@ from distill.training.lightning_internals import (
 from distill.training.objective import Losses, objective
 from distill.training.optim import CONFIGURED, clip_gradients, configuration_wins, configure
 from distill.training.options import ModelOptions
-from distill.training.step_sums import StepSums, Throughput, step_figures
+from distill.training.step_sums import StepSums, Throughput, on_host, step_figures
 from distill.training.validation_sums import ValidationSums
 
 
@@ -99,6 +100,7 @@ class DistillationModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         leave_batches_as_they_are(self.trainer)
+        cast_as_loading_does(self.trainer)
 
     @property
     def teacher_source(self) -> str:
@@ -129,7 +131,8 @@ class DistillationModule(L.LightningModule):
         """Loads both models, once; the student is built here so that a strategy can place it."""
         if self.student is not None:
             return
-        self.student, self.teacher = build(self.options, self.trainer)
+        with torch.device("cpu"):  # Lightning's is the GPU, where transformers would ask for accelerate
+            self.student, self.teacher = build(self.options, self.trainer)
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             check_sharded(self)
         # All ranks hold the same in the components' buffers: DDP need not send them around before each forward pass.
@@ -232,8 +235,9 @@ class DistillationModule(L.LightningModule):
         figures |= self._throughput.figures(self.device) | stats
         if self.skipped_steps is not None:
             figures["train/skipped_steps"] = float(self.skipped_steps)
-        self.log_dict(figures)
-        self.log("loss", step.total, prog_bar=True, logger=False)
+        logged = on_host(figures)
+        self.log_dict(logged)
+        self.log("loss", logged["train/loss"], prog_bar=True, logger=False)
 
     # Validation
 

@@ -27,6 +27,7 @@ class Reader:
         seed: of the order.
         rank: of this process.
         world_size: ranks that share the rows.
+        pin: whether batches go to a CUDA device.
     """
 
     batch_size: int
@@ -34,13 +35,14 @@ class Reader:
     seed: int
     rank: int = 0
     world_size: int = 1
+    pin: bool = False
 
     def options(self) -> dict[str, Any]:
         """Of a `DataLoader` whose data set gives whole batches."""
         return {
             "num_workers": self.workers,
             "collate_fn": as_is,
-            "pin_memory": torch.cuda.is_available(),
+            "pin_memory": self.pin,
             "worker_init_fn": leave_signals_to_the_run,
             # Of its own: the default draws from the global one, so validation or a resumed run would change training.
             "generator": torch.Generator().manual_seed(self.seed),
@@ -168,13 +170,13 @@ def training_loader(
     lengths_R = rows.lengths_R() if rows.shortest else None
     ranks = {"rank": reader.rank, "world_size": reader.world_size}
     sampler = StepSampler(rows.units_R, reader.batch_size, reader.seed, **ranks, parts=parts, lengths_R=lengths_R)
-    return ResumableLoader(rows, sampler, trainer, layout, **reader.options())
+    return ResumableLoader(rows, sampler, trainer, layout, **reader.options(), persistent_workers=reader.workers > 0)
 
 
 def validation_loader(rows: PackedRows, reader: Reader) -> DataLoader:
     """The loader of validation rows, every one of them once."""
     sampler: Any = EveryRowOnce(rows.units_R, reader.batch_size, reader.rank, reader.world_size)
-    return DataLoader(rows, batch_sampler=sampler, **reader.options())
+    return DataLoader(rows, batch_sampler=sampler, **reader.options(), persistent_workers=reader.workers > 0)
 
 
 def check_layout(stored: dict[str, Any], now: dict[str, Any], stands: str) -> None:
