@@ -108,6 +108,7 @@ def moe_run(elsewhere, assets, teacher):
         "data.max_sequences": 7 * 4 * 2,
         "data.max_validation_sequences": 8,
         "trainer.accelerator": "cpu",
+        "trainer.precision": "32-true",
         "trainer.accumulate_grad_batches": 4,
         "trainer.log_every_n_steps": 1,
         "train_debug.every_n_batches": 27,

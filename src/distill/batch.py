@@ -3,7 +3,7 @@
 Shapes: B rows, L positions, N valid tokens (positions whose next token has a label), D width.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +11,34 @@ import torch
 from torch import Tensor
 
 IGNORE = -100  # label of a position that is no target
+
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """Where the documents of packed rows begin, the rows one after the other.
+
+    Args:
+        starts: int32 [documents + 1], flat indices b L + t; the last is B L.
+        longest: tokens of the longest.
+        flat: B L.
+    """
+
+    starts: Tensor
+    longest: int
+    flat: int
+    _masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    def mask(self, rows: int, window: int | None = None) -> Tensor:
+        """Which earlier positions belong to the same document, and to the last `window`, bool [B, 1, L, L]."""
+        if window not in self._masks:
+            total = self.flat
+            places_T = torch.arange(total, device=self.starts.device, dtype=self.starts.dtype)
+            document_BL = torch.bucketize(places_T, self.starts, right=True).view(rows, -1)
+            places_L = places_T[: total // rows]
+            behind_LL = places_L[:, None] - places_L
+            causal_LL = behind_LL >= 0 if window is None else (behind_LL >= 0) & (behind_LL < window)
+            self._masks[window] = ((document_BL[:, :, None] == document_BL[:, None]) & causal_LL)[:, None]
+        return self._masks[window]
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +52,8 @@ class Tokens:
         position_ids: int64 [B, L], places within a document; padding counts as a document of its own.
         positions: int64 [N], flat indices b L + t of the valid tokens.
         packed: whether a row holds several documents, padding aside.
+        starts: see `Documents`; None = read from the position ids, for which the host waits.
+        longest: likewise.
     """
 
     input_ids: Tensor
@@ -32,6 +62,18 @@ class Tokens:
     position_ids: Tensor
     positions: Tensor
     packed: bool
+    starts: Tensor | None = None
+    longest: int = 0
+
+    @cached_property
+    def documents(self) -> Documents:
+        """Where documents begin, padding too."""
+        total = self.position_ids.numel()
+        if self.starts is not None:
+            return Documents(self.starts, self.longest, total)
+        begins = (self.position_ids.flatten() == 0).nonzero().flatten()
+        starts = torch.cat([begins, begins.new_tensor([total])])
+        return Documents(starts.int(), int(starts.diff().max()), total)
 
     @cached_property
     def labels_N(self) -> Tensor:

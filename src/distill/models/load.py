@@ -18,12 +18,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from distill.batch import Tokens
 from distill.errors import UserError, did_you_mean
 from distill.models.cut import cut_layers
 from distill.models.explain import explain
 from distill.models.gguf import model_folder
 from distill.models.head import lm_head_of
 from distill.models.quiet import quiet_transformers
+from distill.models.trace import decode
 
 
 def load_model(
@@ -259,8 +261,9 @@ def check_packing(model: PreTrainedModel, key: str = "model.teacher") -> None:
     one_T, other_T, second_T = torch.arange(12, device=model.device).remainder(vocab_size).split(4)
     ids_BL = torch.stack([torch.cat([one_T, second_T]), torch.cat([other_T, second_T])])
     positions_BL = torch.arange(4, device=ids_BL.device).repeat(2, 2)
+    tokens = Tokens(ids_BL, ids_BL, torch.ones_like(ids_BL), positions_BL, ids_BL[0, :-1], packed=True)
     training = model.training
-    states_BLD = model.eval().get_decoder()(ids_BL, position_ids=positions_BL, use_cache=False)[0].float()
+    states_BLD = decode(model.eval(), tokens).last_hidden_state.float()
     model.train(training)
     behind_one_TD, behind_other_TD = states_BLD[:, 4:]
     if (behind_one_TD - behind_other_TD).norm() > 1e-3 * behind_one_TD.norm():

@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from distill.batch import Tokens
 from distill.errors import UserError
+from distill.models.attention import NAME, allowed
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ def decode(model: PreTrainedModel, tokens: Tokens, **kwargs: Any) -> Any:
     """
     if tokens.packed:
         kwargs["position_ids"] = tokens.position_ids
+        if model.get_decoder().config._attn_implementation == NAME:
+            kwargs["documents"] = tokens.documents
     return model.get_decoder()(input_ids=tokens.input_ids, use_cache=False, **kwargs)
 
 
@@ -143,6 +146,8 @@ def _reading_attention(model: PreTrainedModel, layers: frozenset[int]) -> Iterat
     ) -> Any:
         if (layer := getattr(module, "layer_idx", None)) in layers:
             mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4 else None
+            if name == NAME:
+                mask = allowed(query, options.get("documents"), options.get("sliding_window"))
             extras = any(options.get(extra) is not None for extra in ("position_bias", "s_aux", "softcap"))
             boolean = mask is None or mask.dtype == torch.bool
             scale = options.get("scaling") or query.shape[-1] ** -0.5

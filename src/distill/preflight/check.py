@@ -29,6 +29,7 @@ from distill.preflight.checks import (
     Vocabulary,
     alignment_rows,
     batch_findings,
+    gpu_findings,
     held_out_findings,
     precision_findings,
     schedule_findings,
@@ -110,6 +111,7 @@ def check(trainer: L.Trainer, module: DistillationModule, datamodule: Distillati
     precision, device = str(trainer.precision), "cuda" if plan.accelerated else "cpu"
     this.findings += precision_findings(precision, device)
     teacher, student = skeletons(module.options, precision, device)
+    this.findings += gpu_findings(module.options, precision, device, teacher)
     _vocabularies(this, teacher.config, student.config)
     rows = getattr(datamodule, "validation_rows", None)
     seconds = None

@@ -15,11 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from distill.batch import IGNORE, Batch
 from distill.curriculum import Schedule, value_at
 from distill.data.datamodule import DistillationDataModule
-from distill.models.precision import product_dtype
+from distill.models.blocks import moe_layers
+from distill.models.precision import product_dtype, teacher_dtype
+from distill.training.options import ModelOptions
 
 FEW_ROWS = 8  # fewer to validate on by a fraction were hardly meant
 AROUND = 3  # positions shown on either side of a place of interest
@@ -208,6 +211,41 @@ def precision_findings(precision: str, device: str) -> list[str]:
         f"trainer.precision: {precision}, but this CPU has no units for it: the student's layers run many times slower "
         "than with 32-true"
     ]
+
+
+def gpu_findings(options: ModelOptions, precision: str, device: str, teacher: PreTrainedModel) -> list[str]:
+    """Where a CUDA device works many times slower than it could.
+
+    Args:
+        options: of the run.
+        precision: of the trainer.
+        device: cpu, cuda, ...
+        teacher: on any device, the meta device too.
+    """
+    if device != "cuda":
+        return []
+    found, whole = [], precision in ("32-true", "32")
+    if whole and options.matmul_precision == "highest":
+        found.append(
+            f"trainer.precision: {precision} multiplies fp32 matrices, which a GPU does about ten times slower than "
+            "bf16 ones: set bf16-mixed, or model.matmul_precision to high, which is TF32"
+        )
+    if precision == "16-mixed" and options.teacher_dtype == "auto":
+        found.append(
+            "trainer.precision: 16-mixed casts the head of the teacher, which stays in bf16, in every micro-batch: set "
+            "bf16-mixed, or model.teacher_dtype to float16 for a teacher whose states stay below 65,504"
+        )
+    if precision in ("bf16-mixed", "16-mixed") and options.teacher_dtype == "float32":
+        found.append(
+            f"model.teacher_dtype: float32 under {precision} leaves the product with the teacher's head in the "
+            "trainer's 16 bits, and its layers about ten times slower: set auto"
+        )
+    if moe_layers(teacher) and teacher_dtype(options.teacher_dtype, precision, device) != torch.bfloat16:
+        found.append(
+            "model.teacher_dtype: experts have grouped matrix products on GPUs in bf16 alone; in another dtype the "
+            "host waits for the device in every MoE layer: set bfloat16"
+        )
+    return found
 
 
 def held_out_findings(datamodule: DistillationDataModule) -> list[str]:

@@ -17,6 +17,7 @@ from distill.models.trace import Needs
 from distill.preflight.checks import (
     Vocabulary,
     batch_findings,
+    gpu_findings,
     held_out_findings,
     precision_findings,
     special_ids,
@@ -51,6 +52,8 @@ def quick_findings(
         line += f" from a teacher of {counted(sum(p.numel() for p in teacher.parameters()))}"
     device = trainer.strategy.root_device.type
     findings = precision_findings(str(trainer.precision), device)
+    if teacher is not None:
+        findings += gpu_findings(module.options, str(trainer.precision), device, teacher)
     if tokenizer is not None:
         sides = [
             Vocabulary(name, size, special_ids(model.config))

@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 
 from distill.errors import UserError
 from distill.models import load
+from distill.models.attention import settle_attention
 from distill.models.cut import most_important_layers
+from distill.models.experts import cast_experts
 from distill.models.fsdp2 import check_strategy, shard
 from distill.models.head import check_lm_head, lm_head_of
 from distill.models.precision import cast, check_experts, student_dtype, teacher_dtype
@@ -73,6 +75,11 @@ def build_models(options: ModelOptions, trainer: L.Trainer) -> tuple[PreTrainedM
     cast(teacher, target)
     check_lm_head(teacher, lm_head_of(teacher))
     check_lm_head(student, lm_head_of(student))
+    device = trainer.strategy.root_device.type
+    settle_attention(teacher, options.attn_implementation, device, "model.teacher")
+    settle_attention(student, options.attn_implementation, device, "model.student")
+    if device != "cpu":
+        cast_experts(student)
     if getattr(data, "packing", False):
         load.check_packing(teacher, "model.teacher")
         load.check_packing(student, "model.student")

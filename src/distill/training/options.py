@@ -51,6 +51,8 @@ class ModelOptions:
         gradient_checkpointing: recompute the student's activations in the backward pass.
         matmul_precision: of float32 matrix products (`torch.set_float32_matmul_precision`). On CPUs with bf16 units
             "medium" runs them in bf16 with float32 results; on GPUs "high" is TF32.
+        attn_implementation: of both models. varlen = packed rows without a dense mask; auto = that on CUDA where the
+            family allows it, else what transformers chooses.
         chunk_size: tokens whose logits exist at one time; null = by a byte budget.
         trust_remote_code: run model code that comes with the weights.
         allow_pickle: load weights that are not safetensors.
@@ -83,6 +85,7 @@ class ModelOptions:
     torch_compile: bool = False
     gradient_checkpointing: bool = False
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    attn_implementation: Literal["auto", "varlen", "sdpa", "eager"] = "auto"
     chunk_size: int | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False

@@ -114,6 +114,7 @@ def collate(
     shape = (max(1, len(rows)), sequence_length)
     input_ids_BL, labels_BL = np.full(shape, pad_id), np.full(shape, IGNORE)
     attention_mask_BL, position_ids_BL = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    segments_D: list[np.ndarray] = []
     for b in range(shape[0]):
         lengths = np.asarray(rows[b]["document_lengths"], dtype=np.int64) if rows else np.zeros(0, dtype=np.int64)
         used = int(lengths.sum())
@@ -121,9 +122,11 @@ def collate(
             input_ids_BL[b, :used], labels_BL[b, :used] = rows[b]["input_ids"], rows[b]["labels"]
         attention_mask_BL[b, :used] = 1
         segments = np.append(lengths, sequence_length - used)  # padding is a document of its own
+        segments_D.append(segments[segments > 0])
         position_ids_BL[b] = np.arange(sequence_length) - np.repeat(np.cumsum(segments) - segments, segments)
     shifted_BL = np.roll(labels_BL, -1, axis=1)
     shifted_BL[:, -1] = IGNORE
+    lengths_D = np.concatenate(segments_D)
     tokens = Tokens(
         input_ids=torch.from_numpy(input_ids_BL),
         labels=torch.from_numpy(labels_BL),
@@ -131,6 +134,8 @@ def collate(
         position_ids=torch.from_numpy(position_ids_BL),
         positions=torch.from_numpy(np.flatnonzero(shifted_BL != IGNORE)),
         packed=any(len(row["document_lengths"]) > 1 for row in rows),
+        starts=torch.from_numpy(np.append(0, np.cumsum(lengths_D)).astype(np.int32)),
+        longest=int(lengths_D.max()),
     )
     return Batch(tokens, tokens, units, int(sum(row["bytes"] for row in rows)), numbers)
 
