@@ -5,9 +5,14 @@ For a checkpoint the figures equal those that `distill validate` logs; the table
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distill.errors import UserError
+
+if TYPE_CHECKING:
+    from distill.checkpoints.students import Student
+    from distill.commands.pair import Pair
+    from distill.data.datamodule import DistillationDataModule
 
 # Key of a figure -> how the table calls it, and its format.
 ROWS = {
@@ -74,10 +79,10 @@ def evaluate(
         UserError: models or data that cannot be had, ids that mean different tokens, a task that is not there.
     """
 
-    from distill.commands.pair import load_other, load_pair, validation_data
+    from distill.commands.pair import load_pair, validation_data
     from distill.commands.quiet import quieten
     from distill.evaluation.measure import TEACHER, gap_closed_percent, measure
-    from distill.models.load import check_packing, check_vocabularies
+    from distill.models.load import check_packing
     from distill.training.step_sums import peak_memory
 
     quieten()
@@ -89,13 +94,7 @@ def evaluate(
         manager = open_tasks(names, task_folder)
     options = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     pair = load_pair(student, teacher, precision=precision, accelerator=accelerator, **options)
-    students = {"student": pair.student}
-    for name, source in (baselines or {}).items():
-        if name in (TEACHER, "student"):
-            raise UserError(f"--baseline: {name!r} is taken; give it another name")
-        students[name] = load_other(source, pair.precision, key=f"--baseline {name}", **options)
-        check_vocabularies(pair.tokenizer, students[name].tokenizer, f"--baseline {name}")
-        pair.fabric.to_device(students[name].model)
+    students = {"student": pair.student} | _baselines(pair, baselines or {}, options)
     rows = validation_data(pair, text, data)
     if rows.packing:
         for name, other in students.items():
@@ -105,19 +104,8 @@ def evaluate(
     models = {name: other.model for name, other in students.items()}
     chunk_size = pair.config.get("model", {}).get("chunk_size")
     found = measure(models, pair.teacher, tracked(loader, "Evaluating"), pair.fabric, chunk_size)
-    counts = rows.validation_rows
     report: dict[str, Any] = {
-        "measured_on": {
-            "student": student,
-            "teacher": pair.teacher_source,
-            "dataset": text or rows.dataset,
-            "rows": len(counts) if counts is not None else None,
-            "tokens": int(counts.units_R["tokens"].sum()) if counts is not None else None,
-            "sequence_length": rows.sequence_length,
-            "batch_size": rows.per_device_batch_size,
-            "precision": pair.precision,
-            "device": str(pair.fabric.device),
-        },
+        "measured_on": {"student": student, "teacher": pair.teacher_source, **_measured_on(pair, rows, text)},
         "models": found,
         "gap_closed_percent": {
             name: {
@@ -133,6 +121,35 @@ def evaluate(
         report["tasks"] = run_tasks(manager, every, tokenizers, names, limit, rows.per_device_batch_size)
     report["peak_memory_MB"] = peak_memory(pair.fabric.device) / 1e6
     return report
+
+
+def _baselines(pair: "Pair", sources: Mapping[str, str], options: dict[str, bool]) -> dict[str, "Student"]:
+    """Name -> each further student, on the pair's device."""
+    from distill.commands.pair import load_other
+    from distill.models.load import check_vocabularies
+
+    found = {}
+    for name, source in sources.items():
+        if name in ("teacher", "student"):
+            raise UserError(f"--baseline: {name!r} is taken; give it another name")
+        found[name] = load_other(source, pair.precision, key=f"--baseline {name}", **options)
+        check_vocabularies(pair.tokenizer, found[name].tokenizer, f"--baseline {name}")
+        pair.fabric.to_device(found[name].model)
+    return found
+
+
+def _measured_on(pair: "Pair", rows: "DistillationDataModule", text: str | None) -> dict[str, Any]:
+    """Rows, precision and device of an evaluation."""
+    counts = rows.validation_rows
+    return {
+        "dataset": text or rows.dataset,
+        "rows": len(counts) if counts is not None else None,
+        "tokens": int(counts.units_R["tokens"].sum()) if counts is not None else None,
+        "sequence_length": rows.sequence_length,
+        "batch_size": rows.per_device_batch_size,
+        "precision": pair.precision,
+        "device": str(pair.fabric.device),
+    }
 
 
 def tracked(batches: Any, title: str) -> Iterable[Any]:

@@ -6,12 +6,15 @@ Greedy unless a temperature is given, so that a difference between the two is on
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distill.errors import UserError
+
+if TYPE_CHECKING:
+    from distill.commands.pair import Pair
 
 
 @dataclass(frozen=True)
@@ -77,12 +80,20 @@ def predict(
     if temperature < 0:
         raise UserError(f"--temperature: {temperature} is below 0; give 0 for greedy continuations")
 
-    from distill.commands.pair import load_pair, validation_data
+    from distill.commands.pair import load_pair
     from distill.commands.quiet import quieten
 
     quieten()
     options = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     pair = load_pair(student, teacher, precision=precision, accelerator=accelerator, **options)
+    tasks = _asked(pair, prompts, chat, data) or _begun(pair, text, data, rows, prompt_tokens, max_new_tokens)
+    return _continue(pair, tasks, max_new_tokens, temperature, seed)
+
+
+def _asked(
+    pair: "Pair", prompts: Iterable[str], chat: bool | None, data: Mapping[str, Any] | None
+) -> list[tuple[str, list[int], str]]:
+    """Each prompt, its ids, in the chat template where that is wanted, and no text that goes on."""
     tokenizer = pair.tokenizer
     if pair.student.tokenizer.chat_template is not None:
         tokenizer = pair.student.tokenizer  # the same ids, and the template of its training
@@ -98,27 +109,36 @@ def predict(
         else:
             ids = tokenizer(prompt)["input_ids"]
         tasks.append((prompt, list(ids), ""))
-    if not tasks:
-        found = validation_data(pair, text, data).validation_rows
-        assert found is not None
-        for index in range(min(rows, len(found))):
-            row = found[index]
-            ids = row["input_ids"][: row["document_lengths"][0]].tolist()  # no prompt across documents
-            cut = min(prompt_tokens, max(1, len(ids) - 1))
-            decoded = [tokenizer.decode(part) for part in (ids[:cut], ids[cut : cut + max_new_tokens])]
-            tasks.append((decoded[0], ids[:cut], decoded[1]))
-    return _continue(pair, tasks, max_new_tokens, temperature, seed)
+    return tasks
+
+
+def _begun(
+    pair: "Pair", text: str | None, data: Mapping[str, Any] | None, rows: int, prompt_tokens: int, new_tokens: int
+) -> list[tuple[str, list[int], str]]:
+    """The beginnings of validation rows as prompts, their ids, and how the text goes on."""
+    from distill.commands.pair import validation_data
+
+    tokenizer, tasks = pair.tokenizer, []
+    found = validation_data(pair, text, data).validation_rows
+    assert found is not None
+    for index in range(min(rows, len(found))):
+        row = found[index]
+        ids = row["input_ids"][: row["document_lengths"][0]].tolist()  # no prompt across documents
+        cut = min(prompt_tokens, max(1, len(ids) - 1))
+        decoded = [tokenizer.decode(part) for part in (ids[:cut], ids[cut : cut + new_tokens])]
+        tasks.append((decoded[0], ids[:cut], decoded[1]))
+    return tasks
 
 
 def _continue(
-    pair: Any, tasks: list[tuple[str, list[int], str]], max_new_tokens: int, temperature: float, seed: int
+    pair: "Pair", tasks: list[tuple[str, list[int], str]], max_new_tokens: int, temperature: float, seed: int
 ) -> Iterable[Continuation]:
     import torch
     from transformers import GenerationConfig
 
     tokenizer = pair.tokenizer
     drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
-    sides = {"teacher": pair.teacher.model, "student": pair.student.model}
+    sides: dict[str, Any] = {"teacher": pair.teacher.model, "student": pair.student.model}
     stops = {name: model.generation_config.eos_token_id for name, model in sides.items()}
     for model in sides.values():  # its own penalties and cut-offs would fill what is not set below
         model.generation_config = GenerationConfig()

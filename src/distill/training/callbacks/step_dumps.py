@@ -12,10 +12,12 @@ from lightning.pytorch.callbacks import Callback
 
 from distill.batch import Batch
 from distill.breakdown import LossBreakdown
-from distill.curriculum import WEIGHT_KEY
+from distill.curriculum import WEIGHT_KEY, WEIGHT_KEYS
 from distill.errors import UserError
 from distill.training.callbacks.text import block, emit, run_directory
 from distill.training.module import DistillationModule, distilled
+
+ALWAYS = ("kd", "feature", "attention", "layerwise", "contrastive")  # rows of CURRICULUM, whatever is configured
 
 
 class StepDump(Callback, ABC):
@@ -83,7 +85,8 @@ class CurriculumDump(StepDump):
     def render(self, module: DistillationModule, breakdown: LossBreakdown) -> str:
         state = module.curriculum
         present = {WEIGHT_KEY[name] for name in module.components}
-        keys = ["kd", "feature", "attention", "layerwise", "contrastive", *(["lm"] if "lm" in present else [])]
+        others = [key for key in WEIGHT_KEYS if key not in ALWAYS and key in present]
+        keys = [*ALWAYS, *others]
         rows = [f"    {key}: {state.weights[key] if key in present else 0.0:.4f}" for key in keys]
         return block(f"[CURRICULUM] Step {state.step}, Progress {state.progress:.1%}", ["  Curriculum weights:", *rows])
 
