@@ -5,12 +5,13 @@ import json
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from distill.data.documents.chat import Chat
 from distill.data.documents.encode import Encoder
 from distill.data.documents.offsets import covered
+from distill.errors import UserError
 from helpers.chat_templates import MARKED, PLAIN
 from helpers.shown import decoded
 
@@ -97,7 +98,7 @@ def test_the_end_is_learnt_although_it_is_what_pads(chat_tokenizer, tokenizer):
         assert len(ends) == 1, batch
 
 
-def test_tokens_leave_out_nothing_of_a_text():
+def test_tokens_without_a_width_have_what_lies_before_them():
     offsets = np.array([[0, 0], [0, 3], [5, 5], [5, 6], [5, 6], [8, 9], [0, 0]])
     starts, ends = covered(offsets)
     assert list(zip(starts.tolist(), ends.tolist(), strict=True)) == [
@@ -106,7 +107,7 @@ def test_tokens_leave_out_nothing_of_a_text():
         (3, 5),
         (5, 6),
         (5, 6),
-        (6, 9),
+        (8, 9),
         (0, 0),
     ]
     assert [each.tolist() for each in covered(np.zeros((0, 2), dtype=np.int64))] == [[], []]
@@ -120,3 +121,22 @@ def test_marks_are_those_of_transformers_where_offsets_have_a_width(chat_tokeniz
     [(ids, labels, _)] = Encoder(chat_tokenizer, Chat(MARKED))({"messages": [turns]})
     assert ids.tolist() == expected["input_ids"]
     assert (labels != -100).astype(int).tolist() == expected["assistant_masks"]
+
+
+def test_what_a_tokenizer_drops_makes_nothing_else_a_target():
+    """BERT's tokenizers know no line breaks, so nothing stands between an answer's end and the next turn's mark."""
+    words = {word: i for i, word in enumerate(["[UNK]", "[SEP]", "user", "assistant", "q", "yes"])}
+    tokenizer = Tokenizer(models.WordPiece(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[SEP]", unk_token="[UNK]")
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "yes"}] * 2
+    for template in (PLAIN, MARKED):
+        [(_, labels, _)] = Encoder(fast, Chat(template))({"messages": [turns]})
+        assert fast.convert_ids_to_tokens(labels[labels != -100]) == ["yes", "<|im_end|>"] * 2
+
+
+def test_half_a_character_is_refused_with_its_row(chat_tokenizer):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a \ud83d"}]
+    with pytest.raises(UserError, match=r"document 1: it holds half a character, a lone surrogate; repair or remove"):
+        Encoder(chat_tokenizer, Chat(PLAIN))({"messages": [turns]})

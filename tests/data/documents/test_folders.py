@@ -48,6 +48,7 @@ SHARDS = ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parque
         (["train.txt", "test.txt"], ["train.txt"]),
         (["a.jsonl", "b.jsonl"], ["a.jsonl", "b.jsonl"]),
         (["a.jsonl", "LICENSE", "dataset_infos.json"], ["a.jsonl"]),
+        (["part-0.parquet", "_SUCCESS", "_delta_log/0.json"], ["part-0.parquet"]),
     ],
     ids=" ".join,
 )

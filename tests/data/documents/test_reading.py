@@ -159,6 +159,7 @@ def test_columns_that_nobody_needs_may_differ(tmp_path, chat_tokenizer, streamin
         ("a.jsonl", '{"text": "a"}\n[1]\n', r"cannot be read as json \(line 2 is no object"),
         ("a.jsonl", '[{"text": "a"}]\n{"text": "b"}\n', r"cannot be read as json \(line 1 is a list and others follow"),
         ("a.jsonl", '{"text": "a"}\n{"text": 3}\n', r"a.jsonl, row 2: text holds no text; correct it"),
+        ("a.jsonl", '{"text": "a"}\n{"text": "b \\ud83d"}\n', r"a.jsonl, row 2: text holds no text; correct it"),
         ("a.csv", "text,n\na,1\nb,2,3\n", "cannot be read as csv"),
         ("a.jsonl.gz", "no gzip", "cannot be read as json"),
         ("a.arrow", "no arrow", "cannot be read as arrow"),

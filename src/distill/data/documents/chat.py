@@ -20,6 +20,7 @@ import numpy as np
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from tokenizers.decoders import DecodeStream
 
+from distill.data.documents.forms import is_text
 from distill.data.documents.messages import Conversation, Message
 from distill.data.documents.offsets import covered, whole_offsets
 from distill.errors import DocumentError, UserError
@@ -144,6 +145,8 @@ def encode_conversation(
             raise
         messages = conversation.as_text()
         text = renderer.text(messages)
+    if not is_text(text):
+        raise DocumentError("it holds half a character, a lone surrogate", "repair or remove it")
     with whole_offsets(tokenizer):
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids_T = np.asarray(encoded["input_ids"], dtype=np.int32)

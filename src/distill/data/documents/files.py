@@ -21,6 +21,7 @@ from distill.data.documents.forms import (
     FormOption,
     Row,
     form_of,
+    is_text,
     recognise,
     sample,
     stored,
@@ -160,7 +161,7 @@ def open_stream(
         try:
             first = list(islice(stream, HEAD))
         except Exception as error:
-            raise UserError(f"{key}: {source!r} cannot be read ({_reason(error)}); repair it") from error
+            raise UserError(f"{key}: {source!r} cannot be read ({reason_of(error)}); repair it") from error
         return stream, _hub_columns(name, first, options, key, tell)
     if sliced(split):
         raise UserError(f"{split_key(key)}: {split!r}: a stream has no known length to take a part of; name a split")
@@ -196,7 +197,7 @@ def rows_of(tables: Iterable[Table], own: tuple[str, ...], key: str) -> Iterator
                         f"{key}: {table.path}, row {number} has {column}, which none of the first {HEAD} rows has; "
                         "put a row with it first"
                     )
-                if name in table.texts and not isinstance(value, str):
+                if name in table.texts and not is_text(value):
                     raise UserError(f"{key}: {table.path}, row {number}: {column} holds no text; correct it")
                 found[name] = value if name in table.texts else stored(value)
             yield found
@@ -302,7 +303,10 @@ def _copied(tables: list[Table], key: str) -> "Dataset":
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from error
-        raise
+        raise UserError(
+            f"{key}: {tables[0].path!r} cannot be copied into the cache of `datasets` ({reason_of(error)}); make room, "
+            "or set HF_DATASETS_CACHE to another folder"
+        ) from error
 
 
 def _sliced(rows: "Dataset", found: Found, split: str, key: str) -> "Dataset":
@@ -315,11 +319,11 @@ def _sliced(rows: "Dataset", found: Found, split: str, key: str) -> "Dataset":
         instruction = datasets.ReadInstruction.from_spec(split)
         [part] = instruction.to_absolute({split.partition("[")[0]: rows.num_rows})
     except (ValueError, AssertionError) as error:
-        raise UserError(f"{split_key(key)}: {split!r} is no slice ({_reason(error)}); correct it") from error
+        raise UserError(f"{split_key(key)}: {split!r} is no slice ({reason_of(error)}); correct it") from error
     return rows.select(range(part.from_, part.to))
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     return str(error.__cause__ or error).partition("\n")[0] or "it is empty"
 
 

@@ -123,7 +123,7 @@ def _folder(folder: Path, key: str, config: str | None) -> Found:
     """A folder's files, by splits where the hub would see some."""
     every = sorted(item for item in folder.rglob("*") if item.is_file() and not _hidden(item.relative_to(folder)))
     tables = [path for path in every if suffix_of(path) in TABLES and path.name not in ABOUT]
-    about = [path for path in every if path.name in ABOUT or _is_card(path, bool(tables))]
+    about = [path for path in every if path.name in ABOUT or _is_about(path.relative_to(folder), folder, bool(tables))]
     kept = [path for path in every if path not in about]
     splits: dict[str, list[Path]] = {}
     if any(suffix_of(path) in (*TABLES, ".txt") for path in kept):
@@ -177,11 +177,15 @@ def _has_card(folder: Path) -> bool:
     return card.is_file() and card.read_bytes().removeprefix(b"\xef\xbb\xbf").startswith(b"---")
 
 
-def _is_card(path: Path, beside_tables: bool) -> bool:
-    """Whether a file describes the data of its folder: a hub's card, or a README or licence beside tables."""
-    if path.name == "README.md" and _has_card(path.parent):
+def _is_about(path: Path, folder: Path, beside_tables: bool) -> bool:
+    """Whether a file of a folder describes its data: a hub's card, or beside tables a README, a licence or a log.
+
+    Spark, Arrow and Delta Lake begin the names of their own files and folders with a low line.
+    """
+    if path.name == "README.md" and _has_card((folder / path).parent):
         return True
-    return beside_tables and path.stem.upper() in ("README", "LICENSE", "LICENCE", "CITATION", "CHANGELOG")
+    plain = path.stem.upper() in ("README", "LICENSE", "LICENCE", "CITATION", "CHANGELOG")
+    return beside_tables and (plain or any(part.startswith("_") for part in path.parts))
 
 
 def _hidden(path: Path) -> bool:

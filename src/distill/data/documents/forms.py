@@ -130,6 +130,14 @@ def nested(value: Any, kind: type) -> Any:
     return value if isinstance(value, kind) else None
 
 
+def is_text(value: Any) -> bool:
+    """Whether a value is a text; halves of characters, which JSON can spell, are none."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
 def is_conversation(value: Any) -> bool:
     """Whether a value is a list of messages, in the keys of OpenAI's or of ShareGPT's format."""
     turns = [nested(turn, dict) for turn in nested(value, list) or []]

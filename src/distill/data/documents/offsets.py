@@ -36,9 +36,9 @@ def _trimming(processor: Any) -> Iterator[Any]:
 
 
 def covered(offsets_T2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First character of each token, and the one behind it, so that the tokens leave out nothing of the text.
+    """First character of each token, and the one behind it; a token without a width has what lies before it.
 
-    What lies between a token and those before it belongs to it, also where the token has no width of its own.
+    What a tokenizer drops on purpose, such as line breaks before a token of some width, belongs to none.
 
     Args:
         offsets_T2: as tokenizers return them, int64 [T, 2].
@@ -48,8 +48,8 @@ def covered(offsets_T2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     Example:
         >>> covered(np.array([[0, 2], [5, 5], [6, 8]]))
-        (array([0, 2, 5]), array([2, 5, 8]))
+        (array([0, 2, 6]), array([2, 5, 8]))
     """
     starts_T, ends_T = offsets_T2.T
     reached_T = np.concatenate([[0], np.maximum.accumulate(ends_T)[:-1]]) if len(ends_T) else ends_T
-    return np.minimum(starts_T, reached_T), ends_T
+    return np.where(starts_T == ends_T, np.minimum(starts_T, reached_T), starts_T), ends_T
