@@ -136,7 +136,7 @@ class Contrastive(OneLoss, nn.Module):
         self.rows = 1
 
     def build(self, teacher: PreTrainedModel, student: PreTrainedModel, rows: int | None = None) -> None:
-        """Choose the layers and make the projection and an empty queue.
+        """Chooses the layers and makes the projection and an empty queue.
 
         Args:
             teacher: whose states are told apart.
@@ -228,7 +228,7 @@ class Contrastive(OneLoss, nn.Module):
 
 
 def _filled(rows: Tensor, missing: int) -> Tensor:
-    """With so many rows of zeros behind."""
+    """The rows, and so many rows of zeros behind them."""
     return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing > 0 else rows
 
 

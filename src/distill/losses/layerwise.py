@@ -81,7 +81,7 @@ class Layerwise(OneLoss, nn.Module):
         self.projections = nn.ModuleList()
 
     def build(self, teacher: PreTrainedModel, student: PreTrainedModel, rows: int | None = None) -> None:
-        """Pair the layers and make a projection for each pair.
+        """Pairs the layers and makes a projection for each pair.
 
         Raises:
             UserError: layers that are not there, or not one for one.

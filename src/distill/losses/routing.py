@@ -134,7 +134,7 @@ class Routing(nn.Module):
         return {component: UNIT[component] for component in self.components}
 
     def build(self, teacher: PreTrainedModel, student: PreTrainedModel, rows: int | None = None) -> None:
-        """Find the teacher's experts and make the projections and probes that the configured losses need.
+        """Finds the teacher's experts and makes the projections and probes that the configured losses need.
 
         Raises:
             UserError: a layer is out of range or has no experts, or counts differ from the teacher's.

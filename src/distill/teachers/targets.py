@@ -96,7 +96,7 @@ class SparseTargets:
         return min(student_vocab, self.vocab_size)
 
     def refuse_unsuitable(self, kd: KDLoss, temperature: float, student_vocab: int) -> None:
-        """UserError for targets that were made for another run."""
+        """Refuses targets that were made for another run."""
         if self.vocab_size > student_vocab:
             raise UserError(
                 f"vocabulary: the teacher's stored targets cover {self.vocab_size} ids but the student has "
@@ -169,7 +169,7 @@ class SampledTargets(SparseTargets):
         return replace(self, ids_NS=self.ids_NS[rows], counts_NS=self.counts_NS[rows], entropy_N=self.entropy_N[rows])
 
     def refuse_unsuitable(self, kd: KDLoss, temperature: float, student_vocab: int) -> None:
-        """UserError for targets that were made for another run, or a divergence that draws bend."""
+        """Refuses targets that were made for another run, and a divergence that is biased on draws."""
         super().refuse_unsuitable(kd, temperature, student_vocab)
         if kd.effective != "forward_kl":
             raise UserError(

@@ -16,7 +16,7 @@ from distill.models.fsdp2 import local_sum
 
 
 class IdleParameters:
-    """Finds them for the active components.
+    """Finds the parameters that no active component trains.
 
     Args:
         student: trained.
