@@ -119,7 +119,7 @@ def distill(tmp_path, monkeypatch):
 
     def call(subcommand: str, config: dict, *args: str):
         path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump(config))
+        path.write_text(yaml.safe_dump(config, sort_keys=False))
         monkeypatch.setattr("sys.argv", ["distill"])
         return run([subcommand, "--config", str(path), *args])
 

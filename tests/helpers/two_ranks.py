@@ -18,7 +18,7 @@ OF_THE_MACHINE = {"train/tokens_per_s", "train/peak_memory_gib"}
 def fit(config: dict, folder: Path, *args: str) -> tuple[list[dict], dict[str, torch.Tensor], str]:
     """Runs `distill fit` as a program; rows of metrics.csv, final weights, training.log."""
     folder.mkdir()
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     command = [sys.executable, "-m", "distill.cli", "fit", "--config", "config.yaml", *args]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)

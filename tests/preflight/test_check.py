@@ -17,6 +17,7 @@ import torch
 import yaml
 from torch.nn.functional import cross_entropy
 
+from distill.data.documents.validation_sets import validation_sets
 from distill.data.rows.table import collate
 from distill.errors import UserError
 from distill.models import load as models
@@ -149,7 +150,10 @@ def test_the_example_shows_where_targets_begin_and_end():
 )
 def test_few_validation_rows_that_nobody_asked_for_are_named(share, rows, most, found):
     data = SimpleNamespace(
-        validation_split=share, validation_rows=range(rows), max_validation_sequences=most, train_rows=range(27)
+        validation_sets=validation_sets(share, None),
+        held_out={"": range(rows)},
+        max_validation_sequences=most,
+        train_rows=range(27),
     )
     findings = held_out_findings(data)
     assert len(findings) == found

@@ -136,7 +136,7 @@ def find_last(runs: Iterable[Path]) -> Path | None:
         runs: their directories, the newest first.
     """
     for run in runs:
-        found = (run / "checkpoints").glob("*.ckpt")
+        found = (path for path in (run / "checkpoints").glob("*.ckpt") if not path.is_symlink())  # best.ckpt
         for path in sorted(found, key=lambda path: (-path.stat().st_mtime_ns, path.name)):
             if is_whole(path):
                 rank_zero_info(f"ckpt_path: last is {path}{_told(run)}")

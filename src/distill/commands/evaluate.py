@@ -32,6 +32,7 @@ ROWS = {
     "weights_MB": ("weights (MB)", ",.1f"),
     "tokens_per_s": ("tokens per second", ",.0f"),
 }
+ON_EACH_SET = ("perplexity", "kl_div_T1", "top1_agreement", "acceptance")  # rows of the table for sets after the first
 NOTES = (
     "KL, agreements and entropy gap are to the teacher. Retention is the teacher's perplexity in percent of the "
     "model's. Tokens per second are the decoder's on these batches."
@@ -72,7 +73,8 @@ def evaluate(
     Returns:
         `measured_on` (student, teacher, dataset, rows, tokens, sequence_length, precision, device), `models` (name ->
         figures, see `distill.evaluation.measure.figures`), `gap_closed_percent` (baseline -> nll and kl_div_T1: how
-        much of its distance to the teacher the student covers), `tasks` (task -> model -> metric -> value),
+        much of its distance to the teacher the student covers), `sets` where `data.validation` names some (name ->
+        rows, tokens and models; those above are the first one's), `tasks` (task -> model -> metric -> value),
         `peak_memory_MB` of the process, or of the device where there is one.
 
     Raises:
@@ -100,10 +102,14 @@ def evaluate(
         for name, other in students.items():
             check_packing(other.model, name)
         check_packing(pair.teacher.model, "--teacher")
-    loader = rows.val_dataloader()
     models = {name: other.model for name, other in students.items()}
     chunk_size = pair.config.get("model", {}).get("chunk_size")
-    found = measure(models, pair.teacher, tracked(loader, "Evaluating"), pair.fabric, chunk_size)
+    sets: dict[str, dict[str, Any]] = {}
+    for name, loader in by_name(rows.val_dataloader()).items():
+        there, batches = rows.held_out[name], tracked(loader, f"Evaluating {name}".strip())
+        figures = measure(models, pair.teacher, batches, pair.fabric, chunk_size)
+        sets[name] = {"rows": len(there), "tokens": int(there.units_R["tokens"].sum()), "models": figures}
+    found = next(iter(sets.values()))["models"]
     report: dict[str, Any] = {
         "measured_on": {"student": student, "teacher": pair.teacher_source, **_measured_on(pair, rows, text)},
         "models": found,
@@ -115,6 +121,8 @@ def evaluate(
             for name in baselines or {}
         },
     }
+    if "" not in sets:
+        report["sets"] = sets
     if names:
         tokenizers = {TEACHER: pair.tokenizer} | {name: other.tokenizer for name, other in students.items()}
         every = {TEACHER: pair.teacher.model} | models
@@ -152,6 +160,11 @@ def _measured_on(pair: "Pair", rows: "DistillationDataModule", text: str | None)
     }
 
 
+def by_name(loaders: Any) -> dict[str, Any]:
+    """Loaders of validation sets by their names; the only set of a run without names has an empty one."""
+    return loaders if isinstance(loaders, dict) else {"": loaders}
+
+
 def tracked(batches: Any, title: str) -> Iterable[Any]:
     """The batches behind a progress bar on stderr, where that is a terminal."""
     from rich.console import Console
@@ -182,6 +195,11 @@ def print_report(report: Mapping[str, Any]) -> None:
         values = [gaps.get(name, {}).get(key) for name in names]
         if any(value is not None for value in values):
             table.add_row(title, *("" if value is None else f"{value:.1f}" for value in values))
+    for name, one in list(report.get("sets", {}).items())[1:]:
+        for key in ON_EACH_SET:
+            title, form = ROWS[key]
+            values = [one["models"][model].get(key) for model in names]
+            table.add_row(f"{name}: {title}", *("" if value is None else format(value, form) for value in values))
     for task, by_model in report.get("tasks", {}).items():
         for metric in next(iter(by_model.values())):
             table.add_row(f"{task}: {metric}", *(f"{by_model[name][metric]:.4f}" for name in names))

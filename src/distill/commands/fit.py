@@ -24,6 +24,7 @@ from distill.data.datamodule import DistillationDataModule
 from distill.errors import UserError, did_you_mean
 from distill.preflight.callback import Preflight
 from distill.training.callbacks.audit import LossAudit
+from distill.training.callbacks.best import BestLink, check_monitors
 from distill.training.callbacks.curriculum import Curriculum
 from distill.training.callbacks.evaluation import Evaluation
 from distill.training.callbacks.gradients import Gradients
@@ -160,6 +161,9 @@ class DistillCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         keys = [*CALLBACKS, "checkpoint", "last_checkpoint", "early_stopping"]
         chosen = [self._get(self.config_init, key) for key in keys]
+        kept = keys.index("checkpoint")
+        if isinstance(chosen[kept], ModelCheckpoint):
+            chosen.insert(kept + 1, BestLink())  # before last_checkpoint, which holds its state
         extra = [self._get(self.config_init, "curriculum"), *(callback for callback in chosen if callback is not None)]
         extra.append(ExactResume())
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
@@ -185,6 +189,9 @@ class DistillCLI(LightningCLI):
             raise UserError(f"trainer: {shorten(str(error))}") from error  # of what only Lightning itself can tell
         if self.subcommand in ("fit", "check"):
             trainer.check_directories()  # type: ignore[attr-defined]
+        if self.subcommand == "fit":
+            names = [one.name for one in self.datamodule.validation_sets if one.name]
+            check_monitors(trainer.callbacks, names, tasks=False)  # type: ignore[attr-defined]
         if checks:
             trainer.asked = config  # type: ignore[attr-defined]
         return trainer

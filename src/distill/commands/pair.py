@@ -132,6 +132,7 @@ def validation_data(
         split = section.get("split", "train")
         local = Path(text).exists() or text.startswith("package://") or any(sign in text for sign in "*?[")
         section |= {"dataset": text, "validation_split": text if local else split, "streaming": False}
+        section["validation"] = None
         section["max_validation_sequences"] = (options or {}).get("max_validation_sequences")
     if "dataset" not in section:
         raise UserError("--text: none is given, and there is no config.yaml of a run beside the student; name some")

@@ -16,13 +16,20 @@ from torch.utils.data import DataLoader
 from distill.data.documents.chat import Chat, read_template
 from distill.data.documents.files import load_documents, place_of
 from distill.data.documents.forms import FormOption, form_of, has_turns
-from distill.data.documents.sources import Source, sources_of, validation_sources
+from distill.data.documents.sources import Source, sources_of
+from distill.data.documents.validation_sets import Given, ValidationSet, validation_sets
 from distill.data.order.loader import Reader, ResumableLoader, training_loader, validation_loader
-from distill.data.order.mixing import split_rows
+from distill.data.order.mixing import Split, split_rows
 from distill.data.order.stream import Stream, open_streams, validation_rows
 from distill.data.order.stream_loader import StreamLoader, stream_loader
 from distill.data.rows.packing import Packer, encoder_of, features, fingerprint, pack
-from distill.data.rows.statistics import describe_read, describe_rows, describe_stream, describe_table
+from distill.data.rows.statistics import (
+    describe_held_out,
+    describe_read,
+    describe_rows,
+    describe_stream,
+    describe_table,
+)
 from distill.data.rows.table import PackedRows
 from distill.errors import UserError
 from distill.models.load import load_tokenizer
@@ -51,6 +58,8 @@ class DistillationDataModule(L.LightningDataModule):
         chat_template_kwargs: further variables of the template, such as `enable_thinking`.
         validation_split: fraction of the rows to hold out, chosen by `seed`, of a stream's documents by their content;
             or a split of the hub data set; or another local source.
+        validation: several sets in its place, name -> the same (a fraction once at most), or a source with the keys of
+            a part. Metrics of each are called `val/NAME/...`; totals, and the names without one, are of the first.
         tokenizer: source of the tokenizer; by default the teacher's.
         sequence_length: tokens per row. Text that is longer goes on in the next row, other documents are cut.
         packing: put documents together into full rows; otherwise each starts a row of its own.
@@ -61,7 +70,7 @@ class DistillationDataModule(L.LightningDataModule):
         num_workers: processes that read ahead.
         seed: of the held-out rows and of the order of training.
         max_sequences: use this many training rows at most.
-        max_validation_sequences: use this many validation rows at most; null = all, of a stream 256.
+        max_validation_sequences: use this many rows of a validation set at most; null = all, of a stream 256.
         trust_remote_code: run code that comes with `tokenizer`; the teacher's own goes by `model.trust_remote_code`.
 
     Raises:
@@ -80,6 +89,7 @@ class DistillationDataModule(L.LightningDataModule):
         chat_template: str | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         validation_split: float | str = 0.05,
+        validation: dict[str, Given] | None = None,
         tokenizer: str | None = None,
         sequence_length: int = 512,
         packing: bool = True,
@@ -94,7 +104,8 @@ class DistillationDataModule(L.LightningDataModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        self.dataset, self.validation_split, self.tokenizer_source = dataset, validation_split, tokenizer
+        self.dataset, self.validation_split, self.validation = dataset, validation_split, validation
+        self.tokenizer_source = tokenizer
         self.sequence_length, self.packing, self.group_by_length = sequence_length, packing, group_by_length
         self.streaming, self.shuffle_buffer = streaming, shuffle_buffer
         self.per_device_batch_size, self.num_workers, self.seed = per_device_batch_size, num_workers, seed
@@ -102,7 +113,8 @@ class DistillationDataModule(L.LightningDataModule):
         self.trust_remote_code = trust_remote_code
         self.tokenizer: Any = None
         self.train_rows: PackedRows | None = None
-        self.validation_rows: PackedRows | None = None
+        self.validation_rows: PackedRows | None = None  # of the first set
+        self.held_out: dict[str, PackedRows] = {}  # name -> rows, of all sets
         self.streams: list[Stream] = []
         self.conversations = False  # whether any documents are rendered by a chat template
         self._stream_loader: StreamLoader | None = None
@@ -131,10 +143,11 @@ class DistillationDataModule(L.LightningDataModule):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"data.{name}: {value}; give {least} or more")
-        if not isinstance(self.validation_split, str) and not 0 < self.validation_split < 1:
+        if self.validation is not None and self.validation_split != 0.05:
             raise UserError(
-                f"data.validation_split: {self.validation_split}; give a fraction between 0 and 1, or a split's name"
+                f"data.validation_split: {self.validation_split} beside data.validation; name it there as a set"
             )
+        self.validation_sets: list[ValidationSet] = validation_sets(self.validation_split, self.validation)
         if self.group_by_length and (self.packing or self.streaming):
             other = "packing" if self.packing else "streaming"
             raise UserError(f"data.group_by_length: true with data.{other} true groups nothing; set one to false")
@@ -159,19 +172,22 @@ class DistillationDataModule(L.LightningDataModule):
             return
         tables, held_out, lines = self._tables()
         if not self._weights():
-            tables, held_out = _joined(tables), _joined(held_out)
-        split = split_rows(
-            [table.num_rows for table in tables],
-            [table.num_rows for table in held_out] or float(self.validation_split),
-            self._weights(),
-            self.seed,
-            (self.max_sequences, self.max_validation_sequences),
-        )
+            tables, held_out = _joined(tables), {name: _joined(own) for name, own in held_out.items()}
+        limits = (self.max_sequences, self.max_validation_sequences)
+        splits: list[Split] = []
+        for one in self.validation_sets:
+            own = held_out[one.name]
+            kept: list[int] | float = one.share or [table.num_rows for table in own]
+            sizes = [table.num_rows for table in tables]
+            splits.append(split_rows(sizes, kept, self._weights(), self.seed, limits, one.key))
+            self.held_out[one.name] = self._rows(_joined(own or tables)[0], splits[-1].validation)
+        holding = next((place for place, one in enumerate(self.validation_sets) if one.share is not None), 0)
+        split = splits[holding]
         self._parts = split.parts
         self.train_rows = self._rows(_joined(tables)[0], split.train)
-        self.validation_rows = self._rows(_joined(held_out or tables)[0], split.validation)
+        self.validation_rows = self.held_out[self.validation_sets[0].name]
         epoch = sum(split.parts[1]) if split.parts is not None else len(self.train_rows)
-        for line in (*lines, describe_rows(self.train_rows, self.validation_rows, epoch)):
+        for line in (*lines, *describe_rows(self.train_rows, self.held_out, epoch)):
             rank_zero_info(line)
 
     def _check(self) -> None:
@@ -196,8 +212,8 @@ class DistillationDataModule(L.LightningDataModule):
     def _weights(self) -> list[float] | None:
         return [s.weight for s in self.sources if s.weight is not None] or None
 
-    def _tables(self) -> tuple[list["Dataset"], list["Dataset"], list[str]]:
-        """Packed rows of each source to train on and, where they come from elsewhere, to validate on; statistics."""
+    def _tables(self) -> tuple[list["Dataset"], dict[str, list["Dataset"]], list[str]]:
+        """Packed rows of each source to train on and, where they come from elsewhere, of each set; statistics."""
         weights = self._weights()
         lines: list[str] = []
 
@@ -213,8 +229,21 @@ class DistillationDataModule(L.LightningDataModule):
         whats = [f"{weight / sum(weights):.1%} of the rows from " for weight in weights] if weights else []
         whats = whats or [""] * len(self.sources)
         tables = [packed(source, "data.dataset", what) for source, what in zip(self.sources, whats, strict=True)]
-        held_out = validation_sources(self.sources, self.validation_split)
-        return tables, [packed(*where, "for validation ") for where in held_out], lines
+        held_out = {
+            one.name: [packed(*where, f"for validation{one.name and ' on ' + one.name} ") for where in own]
+            for one, own in self._own_sources()
+        }
+        return tables, held_out, lines
+
+    def _own_sources(self) -> list[tuple[ValidationSet, list[tuple[Source, str]]]]:
+        """Each validation set with the sources that it has for itself."""
+        return [(one, one.sources(self.sources)) for one in self.validation_sets]
+
+    def _share(self) -> float | str:
+        """On which depends which rows are trained on."""
+        if self.validation is None:
+            return self.validation_split
+        return next((one.share for one in self.validation_sets if one.share is not None), 0.0)
 
     def _rows(self, table: "Dataset", indices: np.ndarray) -> PackedRows:
         return PackedRows(table, indices, self.sequence_length, self._pad_id(), self.group_by_length)
@@ -226,22 +255,23 @@ class DistillationDataModule(L.LightningDataModule):
         from datasets import Dataset
 
         packer = Packer(encoder_of(self.tokenizer, self.chat), self.sequence_length, self.packing)
-        held_out = 0.0 if isinstance(self.validation_split, str) else self.validation_split
+        held_out = next((one.share for one in self.validation_sets if one.share is not None), 0.0)
         opened = partial(open_streams, packer=packer, block=self.shuffle_buffer, seed=self.seed, tell=rank_zero_info)
         self.streams = opened([(source, "data.dataset") for source in self.sources], held_out=held_out)
         for stream in self.streams:
             self.conversations |= has_turns(list(stream.columns), stream.documents.features)
             rank_zero_info(describe_stream(*stream.first_block(), form_of(list(stream.columns)), self.sequence_length))
-        validating = opened(validation_sources(self.sources, self.validation_split)) or self.streams
-        rows = validation_rows(validating, self.max_validation_sequences or STREAM_VALIDATION)
-        if not rows:
-            raise UserError(
-                f"data.validation_split: {self.validation_split} of the stream holds no rows; give a larger fraction, "
-                "or a split or file of its own"
-            )
-        self.validation_rows = self._rows(Dataset.from_list(rows, features=features()), np.arange(len(rows)))
-        targets = self.validation_rows.units_R["tokens"].sum()
-        rank_zero_info(f"Data: {len(rows):,} validation rows ({targets:,} targets).")
+        for one, own in self._own_sources():
+            rows = validation_rows(opened(own) or self.streams, self.max_validation_sequences or STREAM_VALIDATION)
+            if not rows:
+                raise UserError(
+                    f"{one.key}: {one.given} of the stream holds no rows; give a larger fraction, or a split or file "
+                    "of its own"
+                )
+            found = self._rows(Dataset.from_list(rows, features=features()), np.arange(len(rows)))
+            self.held_out[one.name] = found
+            rank_zero_info(f"Data: {describe_held_out(one.name, found)}.")
+        self.validation_rows = self.held_out[self.validation_sets[0].name]
 
     def teardown(self, stage: str) -> None:
         """Tells what was read of streams."""
@@ -271,11 +301,11 @@ class DistillationDataModule(L.LightningDataModule):
         reader, read = self._reader(), self._read()
         if self.streaming:
             sources = [repr(source) for source in self.sources]
-            made_of = [sources, self.packing, self.sequence_length, self.validation_split]
+            made_of = [sources, self.packing, self.sequence_length, self._share()]
             self._stream_loader = stream_loader(self.streams, reader, self.trainer, read, made_of, self._pad_id())
             return self._stream_loader
         assert self.train_rows is not None
-        return training_loader(self.train_rows, reader, self.trainer, read, self.validation_split, self._parts)
+        return training_loader(self.train_rows, reader, self.trainer, read, self._share(), self._parts)
 
     def _read(self) -> dict[str, Any]:
         """What the rows were made of, for an error that says what has changed since a checkpoint was written."""
@@ -283,6 +313,8 @@ class DistillationDataModule(L.LightningDataModule):
         read = {f"data.{name}": getattr(self, name) for name in names}
         first = asdict(self.sources[0])  # all that parts of a mixture differ in stands in data.dataset
         read |= {f"data.{name}": first[name] for name in first.keys() - {"dataset", "weight"}}
+        if self.validation is not None:
+            read["data.validation"] = self.validation
         return read | {
             "data.tokenizer": self.tokenizer_source,
             "data.chat_template": self.chat.template and fingerprint(self.chat.template),
@@ -290,13 +322,14 @@ class DistillationDataModule(L.LightningDataModule):
             "data.chat_template_kwargs": dict(self.chat.template_options),
         }
 
-    def val_dataloader(self) -> DataLoader:
-        """Every validation row once."""
+    def val_dataloader(self) -> DataLoader | dict[str, DataLoader]:
+        """Every validation row once, a loader for each set by its name where they have names."""
         assert self.validation_rows is not None
         self._check()
-        return validation_loader(self.validation_rows, self._reader())
+        loaders = {name: validation_loader(rows, self._reader()) for name, rows in self.held_out.items()}
+        return loaders if self.validation is not None else loaders[""]
 
-    def test_dataloader(self) -> DataLoader:
+    def test_dataloader(self) -> DataLoader | dict[str, DataLoader]:
         """The validation rows."""
         return self.val_dataloader()
 

@@ -250,17 +250,15 @@ def gpu_findings(options: ModelOptions, precision: str, device: str, teacher: Pr
 
 def held_out_findings(datamodule: DistillationDataModule) -> list[str]:
     """Whether a fraction has left enough rows to validate on, where nobody asked for fewer."""
-    assert datamodule.validation_rows is not None
-    share, rows, most = (
-        datamodule.validation_split,
-        len(datamodule.validation_rows),
-        datamodule.max_validation_sequences,
-    )
-    if isinstance(share, str) or rows >= FEW_ROWS or (most is not None and rows >= most):
+    one = next((one for one in datamodule.validation_sets if one.share is not None), None)
+    if one is None:
+        return []
+    rows, most = len(datamodule.held_out[one.name]), datamodule.max_validation_sequences
+    if rows >= FEW_ROWS or (most is not None and rows >= most):
         return []
     every = f" of {rows + len(datamodule.train_rows)}" if datamodule.train_rows is not None else ""
     return [
-        f"data.validation_split: {share} leaves {rows} row{'s' * (rows > 1)}{every} to validate on, whose figures "
+        f"{one.key}: {one.share} leaves {rows} row{'s' * (rows > 1)}{every} to validate on, whose figures "
         "say little: give a larger fraction, or a file of its own"
     ]
 

@@ -22,7 +22,6 @@ from distill.checkpoints import contents
 from distill.curriculum import WEIGHT_KEY, WEIGHT_KEYS, CurriculumState
 from distill.errors import UserError
 from distill.losses.component import Component
-from distill.losses.engine.metrics import DistillationMetrics
 from distill.models.fsdp2 import check_sharded
 from distill.teachers.source import TargetSource
 from distill.training.build import build, max_context
@@ -41,7 +40,7 @@ from distill.training.objective import Losses, objective
 from distill.training.optim import CONFIGURED, clip_gradients, configuration_wins, configure
 from distill.training.options import ModelOptions
 from distill.training.step_sums import StepSums, Throughput, on_host, step_figures
-from distill.training.validation_sums import ValidationSums
+from distill.training.validation_sums import ValidationSums, names_of
 
 
 class DistillationModule(L.LightningModule):
@@ -78,7 +77,6 @@ class DistillationModule(L.LightningModule):
         self.student: PreTrainedModel | None = None
         self.teacher: TargetSource | None = None
         self.grad_norm: Tensor | None = None
-        self.metrics = DistillationMetrics()
         self._validation_sums = ValidationSums(self.options.units)
         self._step_sums, self._throughput = StepSums(), Throughput()
         self._horizon = 0
@@ -242,10 +240,10 @@ class DistillationModule(L.LightningModule):
     # Validation
 
     def on_validation_epoch_start(self) -> None:
-        self._validation_sums.reset(self.device)
-        self.metrics.reset()
+        loaders = self.trainer.test_dataloaders if self.trainer.testing else self.trainer.val_dataloaders
+        self._validation_sums.reset(self.device, names_of(loaders))
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Loss and breakdown of a batch with the weights, temperature and masks of the training step before it.
 
         Returns:
@@ -253,16 +251,11 @@ class DistillationModule(L.LightningModule):
         """
         result = self.losses(batch, share=1.0, metrics=True)
         assert result.token_stats is not None
-        self.metrics.update(result.token_stats, batch.bytes)
-        self._validation_sums.add(result.breakdown, batch.units)
+        self._validation_sums.add(dataloader_idx, result.breakdown, result.token_stats, batch)
         return {"total": result.total.detach(), "breakdown": result.breakdown}
 
     def on_validation_epoch_end(self) -> None:
-        breakdown = self._validation_sums.whole(self.trainer.strategy, self.component_weights())
-        figures = {"val/loss": breakdown.total}
-        figures |= {f"val/{name}": value for name, value in breakdown.raw.items()}
-        figures |= {f"val/{name}": value for name, value in self.metrics.compute().items()}
-        self.log_dict(figures)
+        self.log_dict(self._validation_sums.figures(self.trainer.strategy, self.component_weights()))
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step

@@ -66,7 +66,8 @@ def sliced(split: str) -> bool:
 
 def split_key(key: str) -> str:
     """The key beside one that names a source, under which its split stands."""
-    return "data.validation_split" if key == "data.validation_split" else f"{key.rpartition('.')[0]}.split"
+    is_split = key == "data.validation_split" or (key.startswith("data.validation.") and not key.endswith(".dataset"))
+    return key if is_split else f"{key.rpartition('.')[0]}.split"
 
 
 def _choose(splits: dict[str, list[Path]]) -> str:

@@ -60,7 +60,7 @@ def sources_of(dataset: str | list[str | dict[str, Any]], **defaults: Any) -> li
     sources = (
         [Source(dataset if isinstance(dataset, str) else names)]
         if len(names) == len(parts)
-        else [_part(*numbered) for numbered in enumerate(parts)]
+        else [Source(p) if isinstance(p, str) else part_of(p, f"data.dataset[{i}]") for i, p in enumerate(parts)]
     )
     weights = [source.weight for source in sources]
     for place, weight in enumerate(weights):
@@ -76,40 +76,48 @@ def sources_of(dataset: str | list[str | dict[str, Any]], **defaults: Any) -> li
     ]
 
 
-def _part(place: int, given: str | dict[str, Any]) -> Source:
-    """The part that a user wrote down."""
-    if isinstance(given, str):
-        return Source(given)
+def part_of(given: dict[str, Any], where: str) -> Source:
+    """The part that a user wrote down.
+
+    Args:
+        given: its keys and values.
+        where: the YAML key under which it stands.
+
+    Raises:
+        UserError: an unknown key, a value of the wrong kind, or no source.
+    """
     kinds: dict[str, Any] = {field.name: str for field in fields(Source)} | {
         "dataset": (str, list),
         "weight": (int, float),
     }
     for name, value in given.items():
-        key = f"data.dataset[{place}].{name}"
+        key = f"{where}.{name}"
         if name not in kinds:
             raise UserError(f"{key}: is no key of a part; {did_you_mean(name, kinds)}")
         if value is not None and (not isinstance(value, kinds[name]) or isinstance(value, bool)):
             raise UserError(f"{key}: {value!r} is no {'number' if name == 'weight' else 'text'}; correct it")
     if not given.get("dataset"):
-        raise UserError(f"data.dataset[{place}].dataset: missing; name its source")
+        raise UserError(f"{where}.dataset: missing; name its source")
     if (form := given.get("format")) not in (None, *get_args(FormOption)):
-        raise UserError(f"data.dataset[{place}].format: {form!r}; {did_you_mean(str(form), get_args(FormOption))}")
+        raise UserError(f"{where}.format: {form!r}; {did_you_mean(str(form), get_args(FormOption))}")
     return Source(**given)
 
 
-def validation_sources(sources: Sequence[Source], split: float | str) -> list[tuple[Source, str]]:
+def validation_sources(
+    sources: Sequence[Source], split: float | str, key: str = "data.validation_split"
+) -> list[tuple[Source, str]]:
     """Sources of validation rows alone and the YAML key that names them; none where rows are held out.
 
     Args:
         sources: of the training rows.
         split: a fraction, a split that all of them have, or another local source.
+        key: YAML key that names it.
 
     Raises:
         UserError: local data have no such split, and it is no local source.
     """
     if not isinstance(split, str):
         return []
-    key = "data.validation_split"
     names = [(name, s) for s in sources for name in ([s.dataset] if isinstance(s.dataset, str) else s.dataset)]
     places = [find_files(name, "data.dataset", source.dataset_config) for name, source in names]
     wanted = split.partition("[")[0]

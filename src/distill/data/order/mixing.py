@@ -77,6 +77,7 @@ def split_rows(
     weights: Sequence[float] | None,
     seed: int,
     limits: tuple[int | None, int | None] = (None, None),
+    key: str = "data.validation_split",
 ) -> Split:
     """Training and validation rows, chosen by `seed` within each source before the sources are mixed.
 
@@ -86,6 +87,7 @@ def split_rows(
         weights: of the sources; None = all rows.
         seed: of the choice.
         limits: most rows to train on and to validate on.
+        key: YAML key of `held_out`.
 
     Raises:
         UserError: a source has no rows left to train on.
@@ -101,7 +103,7 @@ def split_rows(
             kept_R = generator.permutation(held_out[source]) if source < len(held_out) else order_R[:0]
         if not len(order_R):
             raise UserError(
-                f"data.validation_split: {held_out} of {count} rows leaves none to train on and to validate on; give "
+                f"{key}: {held_out} of {count} rows leaves none to train on and to validate on; give "
                 "more text or a smaller data.sequence_length"
             )
         train.append(order_R)

@@ -36,14 +36,21 @@ def describe_table(what: str, documents: "Dataset", rows: "Dataset", form: str, 
     )
 
 
-def describe_rows(train: PackedRows, validation: PackedRows, epoch: int) -> str:
-    """The rows of a run."""
-    targets = [rows.units_R["tokens"].sum() for rows in (train, validation)]
+def describe_rows(train: PackedRows, held_out: Mapping[str, PackedRows], epoch: int) -> list[str]:
+    """The rows of a run, in a line and one more for each validation set after the first."""
+    first, *others = (describe_held_out(name, rows) for name, rows in held_out.items())
     some = f"{epoch:,} per epoch, " if epoch < len(train) else ""
-    return (
-        f"Data: {several(len(train), 'training row')} ({some}{train.lengths_R().sum():,} tokens, {targets[0]:,} of "
-        f"them targets), {several(len(validation), 'validation row')} ({several(targets[1], 'target')})."
+    line = (
+        f"Data: {several(len(train), 'training row')} ({some}{train.lengths_R().sum():,} tokens, "
+        f"{train.units_R['tokens'].sum():,} of them targets), {first}."
     )
+    return [line, *(f"Data: {other}." for other in others)]
+
+
+def describe_held_out(name: str, rows: PackedRows) -> str:
+    """The rows of a validation set, which has a name or is the only one."""
+    targets = several(int(rows.units_R["tokens"].sum()), "target")
+    return f"{several(len(rows), 'validation row')}{name and ' of ' + name} ({targets})"
 
 
 def describe_stream(documents: int, rows: Sequence[Mapping[str, Any]], form: str, sequence_length: int) -> str:

@@ -4,6 +4,8 @@ Reads: `trainer.callback_metrics` and the weights that the module's validation r
 validation before the first step, which Lightning keeps from the loggers, so that charts begin where the run began.
 """
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import final
 
@@ -13,6 +15,7 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from rich.console import Console
 from rich.table import Table
 
+from distill.training.callbacks.best import BestLink
 from distill.training.callbacks.text import emit, run_directory
 from distill.training.horizon import horizon_of
 from distill.training.module import distilled
@@ -27,7 +30,7 @@ TABLE = (
     "val/ece",
     "val/bits_per_byte",
 )
-TEACHER = {"val/student_perplexity": "val/teacher_perplexity", "val/student_nll": "val/teacher_nll"}
+ON_EACH_SET = ("kl_div_T1", "student_perplexity", "top1_agreement", "acceptance")  # of the sets after the first
 
 
 @final
@@ -77,16 +80,29 @@ class Evaluation(Callback):
         columns = {"after" if several else f"step {trainer.global_step:,}": self.last}
         if several:
             columns = {f"step {self.first_step:,}" if self.first_step else "before": self.first} | columns
-        columns["teacher"] = {name: self.last[theirs] for name, theirs in TEACHER.items() if theirs in self.last}
+        columns["teacher"] = {
+            name: self.last[theirs]
+            for name in self.last
+            if (theirs := re.sub(r"/student_(perplexity|nll)$", r"/teacher_\1", name)) != name and theirs in self.last
+        }
         table = Table("validation")
         for heading in columns:
             table.add_column(heading, justify="right")
-        for name in TABLE:
+        for name in rows_of(self.last):
             if name in self.last:
                 table.add_row(name, *(shown(values.get(name)) for values in columns.values()))
         Console().print(table)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for best in filter(None, (c.told(trainer) for c in callbacks if isinstance(c, BestLink))):
+            Console().print(best, soft_wrap=True, highlight=False, markup=False)
         if self.directory is not None:
             Console().print(f"Run directory: {Path(self.directory).absolute()}", soft_wrap=True, highlight=False)
+
+
+def rows_of(metrics: Mapping[str, float]) -> list[str]:
+    """The rows of the closing table: the first validation set's, then fewer of each other one."""
+    sets = dict.fromkeys(name.split("/")[1] for name in metrics if name.count("/") == 2 and name.startswith("val/"))
+    return [*TABLE, *(f"val/{one}/{metric}" for one in list(sets)[1:] for metric in ON_EACH_SET)]
 
 
 def stopped_early(trainer: L.Trainer) -> str | None:
