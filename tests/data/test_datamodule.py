@@ -142,6 +142,7 @@ def trainer_of(module=None, world_size=1, distributed_sampler=False, overfit=0):
         accumulate_grad_batches=1,
         num_training_batches=10**6,
         _accelerator_connector=connector,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
     )
 
 
