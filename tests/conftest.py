@@ -91,6 +91,7 @@ def small_config(assets: Path) -> dict:
         "model": {
             "teacher": str(assets / "llama"),
             "student_layers": 2,
+            "student_fit": None,
             "routing": {"teacher_layers": 2, "num_experts": 4},
             "learning_rate": 1e-3,
         },

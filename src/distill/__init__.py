@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from distill.losses.layerwise import Layerwise as Layerwise
     from distill.losses.routing import Routing as Routing
     from distill.models.lora import LoRA as LoRA
+    from distill.models.start.shape import StudentFit as StudentFit
     from distill.training.callbacks.audit import LossAudit as LossAudit
     from distill.training.callbacks.curriculum import Curriculum as Curriculum
     from distill.training.callbacks.evaluation import Evaluation as Evaluation
@@ -57,6 +58,7 @@ _HOME = {
     "RunError": "errors",
     "UserError": "errors",
     "LoRA": "models.lora",
+    "StudentFit": "models.start.shape",
     "AttentionTransfer": "losses.attention",
     "Contrastive": "losses.contrastive",
     "KDLoss": "losses.engine.divergence",

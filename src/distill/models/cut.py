@@ -33,7 +33,7 @@ def cut_layers(teacher: PreTrainedModel, layers: int | list[int], key: str = "mo
         UserError: layers that the teacher does not have, or a family whose configuration cannot describe the cut.
     """
     stack = layer_stack(teacher, key)
-    kept = _kept_layers(layers, len(stack), key)
+    kept = kept_layers(layers, len(stack), key)
     memo: dict[int, Any] = {}
     cut = nn.ModuleList(copy.deepcopy(stack[index], memo) for index in kept)
     memo[id(stack)] = cut  # whatever refers to the teacher's stack refers to the cut one in the copy
@@ -64,7 +64,7 @@ def most_important_layers(teacher: PreTrainedModel, count: int, ids_BL: Tensor) 
         UserError: more layers than the teacher has.
     """
     stack = layer_stack(teacher, "model.student_layers")
-    _kept_layers(count, len(stack), "model.student_layers")
+    kept_layers(count, len(stack), "model.student_layers")
     influence: list[Tensor] = []
 
     def after(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -81,7 +81,8 @@ def most_important_layers(teacher: PreTrainedModel, count: int, ids_BL: Tensor) 
     return sorted(torch.stack(influence).topk(count).indices.tolist())
 
 
-def _kept_layers(layers: int | list[int], count: int, key: str) -> list[int]:
+def kept_layers(layers: int | list[int], count: int, key: str) -> list[int]:
+    """Indices of a number of layers among `count`, spread evenly, or those that are named."""
     if isinstance(layers, int):
         if not 1 <= layers <= count:
             raise UserError(f"{key}: {layers} of the teacher's {count} layers; give 1 to {count}")

@@ -20,7 +20,6 @@ from transformers import (
 
 from distill.batch import Tokens
 from distill.errors import UserError, did_you_mean
-from distill.models.cut import cut_layers
 from distill.models.explain import explain
 from distill.models.gguf import model_folder
 from distill.models.head import lm_head_of
@@ -213,18 +212,15 @@ def build_student(
     teacher_source: str,
     *,
     student: str | None,
-    student_layers: int | list[int] | None,
     student_config: str | dict[str, Any] | None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> PreTrainedModel:
-    """A student in fp32 with the teacher's tokenizer, from exactly one of weights, teacher layers and configuration.
+    """A student in fp32 with the teacher's tokenizer, from weights or a configuration.
 
     Raises:
         UserError: as the loaders do; ids that mean different tokens, or fewer of them than the tokenizer has.
     """
-    if student_layers is not None:
-        return cut_layers(teacher, student_layers)
     tokenizer = load_tokenizer(teacher_source, trust_remote_code=trust_remote_code, key="model.teacher")
     if student_config is not None:
         key, vocab_size = "model.student_config", lm_head_of(teacher).vocab_size

@@ -12,12 +12,16 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
 from transformers import PreTrainedModel
 
 from distill.data.datamodule import DistillationDataModule
 from distill.models import load
-from distill.models.cut import cut_layers
+from distill.models.cut import kept_layers
+from distill.models.layers import decoder_layers
 from distill.models.precision import student_dtype, teacher_dtype
+from distill.models.start.shape import Shape as StudentShape
+from distill.models.start.skeleton import unmade_student
 from distill.preflight.live_bytes import Shape, skeleton
 from distill.training.options import ModelOptions
 
@@ -83,8 +87,14 @@ def skeletons(options: ModelOptions, precision: str, device: str) -> tuple[PreTr
     learns, frozen = student_dtype(precision), teacher_dtype(options.teacher_dtype, precision, device)
     config = load.load_config(options.teacher, trust_remote_code=remote)
     teacher = skeleton(config, frozen, remote)
-    if sources["student_layers"] is not None:
-        student = cut_layers(skeleton(config, learns, remote), sources["student_layers"])
+    if options.is_cut:
+        like = skeleton(config, learns, remote)
+        depth = len(decoder_layers(like))
+        layers = range(depth) if options.student_layers is None else options.student_layers
+        kept = kept_layers(list(layers) if isinstance(layers, range) else layers, depth, "model.student_layers")
+        with torch.device("meta"):
+            shape = StudentShape(kept, options.student_intermediate_size, options.student_hidden_size)
+            student = nn.Module.to(unmade_student(like, shape), learns)
     else:
         source = sources["student"] if sources["student_config"] is None else sources["student_config"]
         vocab_size = None if sources["student_config"] is None else head_size(teacher)

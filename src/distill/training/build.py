@@ -8,13 +8,11 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from distill.errors import UserError
 from distill.models import load
 from distill.models.attention import settle_attention
-from distill.models.cut import most_important_layers
 from distill.models.experts import cast_experts
 from distill.models.fsdp2 import check_strategy, shard
 from distill.models.head import check_lm_head, lm_head_of
@@ -23,10 +21,13 @@ from distill.models.trace import merged
 from distill.teachers.online import OnlineTeacher, quantize
 from distill.teachers.source import Run, TargetSource
 from distill.training.options import ModelOptions
+from distill.training.start import start_student
 
 
-def build(options: ModelOptions, trainer: L.Trainer) -> tuple[PreTrainedModel, TargetSource]:
+def build(options: ModelOptions, trainer: L.Trainer) -> tuple[PreTrainedModel, TargetSource, dict[str, Any] | None]:
     """Student and opened teacher of a run, with the components built, sharded and compiled where that is asked for.
+
+    The third is how the student was made, None where it was not.
 
     Raises:
         UserError: what `build_models`, a component's `build` or the teacher's `open` refuses.
@@ -34,7 +35,7 @@ def build(options: ModelOptions, trainer: L.Trainer) -> tuple[PreTrainedModel, T
     strategy, components = trainer.strategy, list(options.components.values())
     check_strategy(strategy)
     torch.set_float32_matmul_precision(options.matmul_precision)
-    teacher, student = build_models(options, trainer)
+    teacher, student, made = build_models(options, trainer)
     rows = getattr(data_of(trainer), "per_device_batch_size", None)
     for component in components:
         component.build(teacher, student, rows)
@@ -48,27 +49,30 @@ def build(options: ModelOptions, trainer: L.Trainer) -> tuple[PreTrainedModel, T
     if options.torch_compile:
         student.get_decoder().compile()
         teacher.get_decoder().compile()
-    return student, source
+    return student, source, made
 
 
-def build_models(options: ModelOptions, trainer: L.Trainer) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Teacher, in the dtype that `teacher_dtype` means, and student, in fp32 and train mode.
+def build_models(
+    options: ModelOptions, trainer: L.Trainer
+) -> tuple[PreTrainedModel, PreTrainedModel, dict[str, Any] | None]:
+    """Teacher, in the dtype that `teacher_dtype` means, student, in fp32 and train mode, and how that was made.
 
     Raises:
         UserError: a model that cannot be had, read, packed or cut as the options say.
     """
-    data = data_of(trainer)
+    data, made = data_of(trainer), None
     target = teacher_dtype(options.teacher_dtype, str(trainer.precision), trainer.strategy.root_device.type)
-    sources: dict[str, Any] = options.student_sources
+    on_cpu = trainer.strategy.root_device.type == "cpu"
     loaded: torch.dtype | None = target
     if options.student_layers is not None:  # which is cut from the weights as they are, rather than in `target`
-        loaded = torch.float32 if options.student_layers_by == "importance" else None
+        computes = options.student_layers_by == "importance" or (options.student_fit is not None and on_cpu)
+        loaded = torch.float32 if computes else None
     teacher = load.load_model(options.teacher, dtype=loaded, key="model.teacher", **options.load_options)
-    if options.student_layers_by == "importance" and isinstance(options.student_layers, int):
-        kept = most_important_layers(teacher, options.student_layers, calibration_ids(data))
-        sources = sources | {"student_layers": kept}
-    sources |= options.load_options
-    student = load.build_student(teacher, options.teacher, **sources)
+    if options.is_cut:
+        student, made = start_student(teacher, options, trainer, data)
+    else:
+        named: dict[str, Any] = {"student": options.student, "student_config": options.student_config}
+        student = load.build_student(teacher, options.teacher, **(named | options.load_options))
     check_experts(teacher, target)
     check_experts(student, student_dtype(str(trainer.precision)))
     cast(student, torch.float32)
@@ -87,26 +91,13 @@ def build_models(options: ModelOptions, trainer: L.Trainer) -> tuple[PreTrainedM
         options.lora.add_to(student)
     if options.gradient_checkpointing:
         student.activation_checkpointing_enable()
-    return teacher, student.train()
+    return teacher, student.train(), made
 
 
 def data_of(trainer: L.Trainer) -> L.LightningDataModule | None:
     """The datamodule that a trainer was given, if it was."""
     data: L.LightningDataModule | None = getattr(trainer, "datamodule", None)
     return data
-
-
-def calibration_ids(data: L.LightningDataModule | None) -> Tensor:
-    """Token ids [B, L] of a datamodule's first training rows.
-
-    Raises:
-        UserError: it reads a stream.
-    """
-    rows = getattr(data, "train_rows", None)
-    if rows is None:
-        raise UserError("model.student_layers_by: importance is measured on rows of a table; for streams set even")
-    first = [torch.as_tensor(rows[index]["input_ids"]) for index in range(min(8, len(rows)))]
-    return nn.utils.rnn.pad_sequence(first, batch_first=True)
 
 
 def max_context(options: ModelOptions) -> int | None:

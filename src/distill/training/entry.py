@@ -27,7 +27,11 @@ def tokenizer_source(options: ModelOptions, trainer: L.Trainer) -> str:
 
 
 def entry(
-    options: ModelOptions, student: PreTrainedModel, teacher: PreTrainedModel | None, trainer: L.Trainer
+    options: ModelOptions,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    trainer: L.Trainer,
+    made: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The entry of a checkpoint that is written now.
 
@@ -36,12 +40,13 @@ def entry(
         student: as it is trained.
         teacher: None where there is none in memory.
         trainer: whose datamodule, callbacks and metrics are recorded.
+        made: how the student was, before the run; None where it was not.
     """
     generation = student.generation_config
     if options.student_config is not None and teacher is not None:
         # Random weights learn the teacher's tokens, and its own defaults for where to stop mean other ones.
         generation = teacher.generation_config
-    run = contents.run_record(trainer, options.losses)
+    run = contents.run_record(trainer, options.losses) | ({} if made is None else {"student_fit": made})
     source = tokenizer_source(options, trainer)
     recorded = contents.record(student, generation, source, options.lora, data_of(trainer), run)
     return contents.describe(settings(options, trainer)) | recorded

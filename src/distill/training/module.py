@@ -6,6 +6,7 @@ datamodule that counts ahead.
 """
 
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -39,6 +40,7 @@ from distill.training.lightning_internals import (
 from distill.training.objective import Losses, objective
 from distill.training.optim import CONFIGURED, clip_gradients, configuration_wins, configure
 from distill.training.options import ModelOptions
+from distill.training.start import write_record
 from distill.training.step_sums import StepSums, Throughput, on_host, step_figures
 from distill.training.validation_sums import ValidationSums, names_of
 
@@ -76,6 +78,7 @@ class DistillationModule(L.LightningModule):
         self.measure_inactive: frozenset[str] = frozenset()
         self.student: PreTrainedModel | None = None
         self.teacher: TargetSource | None = None
+        self.made: dict[str, Any] | None = None  # how the student was, where it was cut and fitted
         self.grad_norm: Tensor | None = None
         self._validation_sums = ValidationSums(self.options.units)
         self._step_sums, self._throughput = StepSums(), Throughput()
@@ -130,7 +133,7 @@ class DistillationModule(L.LightningModule):
         if self.student is not None:
             return
         with torch.device("cpu"):  # Lightning's is the GPU, where transformers would ask for accelerate
-            self.student, self.teacher = build(self.options, self.trainer)
+            self.student, self.teacher, self.made = build(self.options, self.trainer)
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             check_sharded(self)
         # All ranks hold the same in the components' buffers: DDP need not send them around before each forward pass.
@@ -148,6 +151,8 @@ class DistillationModule(L.LightningModule):
         if not callbacks_of(self.trainer, Curriculum):
             rank_zero_info("No Curriculum among the callbacks: every loss weighs 1 throughout, at temperature 1.")
         self._place_teacher()
+        if self.made is not None and self.trainer.is_global_zero and self.trainer.log_dir is not None:
+            write_record(Path(self.trainer.log_dir), self.made)
 
     def on_validation_start(self) -> None:
         self._place_teacher()
@@ -309,10 +314,11 @@ class DistillationModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         assert self.student is not None
         teacher = self.teacher.model if self.teacher is not None else None
-        checkpoint["distill"] = entry(self.options, self.student, teacher, self.trainer)
+        checkpoint["distill"] = entry(self.options, self.student, teacher, self.trainer, self.made)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         contents.check(checkpoint, settings(self.options, self.trainer), self.state_dict())
+        self.made = checkpoint["distill"].get("run", {}).get("student_fit")
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:

@@ -14,6 +14,9 @@ from distill.losses.engine.divergence import KDLoss
 from distill.losses.layerwise import Layerwise
 from distill.losses.routing import Routing
 from distill.models.lora import LoRA
+from distill.models.start.shape import StudentFit
+
+WIDTHS = ("student_intermediate_size", "student_hidden_size")
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +30,12 @@ class ModelOptions:
         student_layers_by: which a number of layers are: evenly spaced ones, or those that change their input most on
             the first training rows.
         student_config: start from random weights: a folder with a config.json, or the config's keys.
+        student_intermediate_size: cut FFNs of this many of the teacher's neurons, chosen and fitted on training rows; a
+            mixture of experts becomes dense FFNs out of all its experts. Without student_layers every layer is kept.
+        student_hidden_size: cut a narrower residual stream, in the principal axes of the teacher's states; the head
+            gets weights of its own. Without student_layers every layer is kept.
+        student_fit: how a student that is cut by layers or widths is fitted to the teacher, layer by layer, before the
+            run; null = not at all, or, where neurons are chosen, in closed form alone.
         lora: low-rank adapters in the student, trained in place of its weights; null = off.
         kd_loss: options of `kd_loss`; null = off.
         lm_loss: whether next-token cross-entropy is a component.
@@ -66,6 +75,9 @@ class ModelOptions:
     student_layers: int | list[int] | None = None
     student_layers_by: Literal["even", "importance"] = "even"
     student_config: str | dict[str, Any] | None = None
+    student_intermediate_size: int | None = None
+    student_hidden_size: int | None = None
+    student_fit: StudentFit | None = StudentFit()  # noqa: RUF009  (frozen)
     lora: LoRA | None = None
     kd_loss: KDLoss | None = KDLoss()  # noqa: RUF009  (frozen)
     lm_loss: bool = True
@@ -93,7 +105,13 @@ class ModelOptions:
     def __post_init__(self) -> None:
         self._check_kinds()
         chosen = [key for key, value in self.student_sources.items() if value is not None]
-        if len(chosen) != 1:
+        widths = [key for key in WIDTHS if getattr(self, key) is not None]
+        if widths and chosen in (["student"], ["student_config"]):
+            raise UserError(
+                f"model.{widths[0]}: {getattr(self, widths[0])} says how a student is cut from its teacher, but "
+                f"{chosen[0]} is given; leave one of them out"
+            )
+        if len(chosen) != 1 and not (widths and not chosen):
             raise UserError(
                 f"model.student: {len(chosen)} of student, student_layers and student_config are given "
                 f"({', '.join(chosen) or 'none'}): give exactly one"
@@ -123,6 +141,9 @@ class ModelOptions:
         for key, rate in (("learning_rate", self.learning_rate), ("router_learning_rate", self.router_rate)):
             if not rate > 0:
                 raise UserError(f"model.{key}: {rate} must be above 0")
+        for key in WIDTHS:
+            if (width := getattr(self, key)) is not None and width < 1:
+                raise UserError(f"model.{key}: {width} must be at least 1")
         for key in ("warmup_steps", "weight_decay"):
             if (least := getattr(self, key)) < 0:
                 raise UserError(f"model.{key}: {least} must be at least 0")
@@ -139,6 +160,11 @@ class ModelOptions:
     def router_rate(self) -> float:
         """Peak learning rate of projections and gate probes."""
         return self.learning_rate if self.router_learning_rate is None else self.router_learning_rate
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the student is cut from the teacher, by layers or widths."""
+        return any(getattr(self, key) is not None for key in ("student_layers", *WIDTHS))
 
     @property
     def student_sources(self) -> dict[str, Any]:
@@ -173,6 +199,7 @@ class ModelOptions:
         """What a checkpoint's tensors, targets and rates depend on, as plain values."""
         plain = ("student", "student_layers", "student_config", "teacher_top_k", "student_layers_by", "learning_rate")
         found: dict[str, Any] = {"teacher": self.teacher, "lm_loss": self.lm_loss}
+        found |= {key: width for key in WIDTHS if (width := getattr(self, key)) is not None}
         found |= {key: getattr(self, key) for key in plain} | {"router_learning_rate": self.router_rate}
         found |= {"warmup_steps": self.warmup_steps, "weight_decay": self.weight_decay}
         found |= {key: None if (value := getattr(self, key)) is None else asdict(value) for key in ("kd_loss", "lora")}

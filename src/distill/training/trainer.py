@@ -46,6 +46,7 @@ class DistillTrainer(L.Trainer):
             )
         self.asked: dict[str, Any] = kwargs  # for `check`, which plans for more devices than it runs on
         self.fresh_directory: str | None = None  # where nothing was before this trainer
+        self.makes_students = True  # false where a checkpoint fills them, and for `check`
         if logger is None or logger is True:
             root = kwargs.get("default_root_dir") or os.getcwd()
             csv = CSVLogger(root, name="lightning_logs")
@@ -78,6 +79,11 @@ class DistillTrainer(L.Trainer):
         for key, place in places:
             if self.is_global_zero and place is not None and _is_local_file_protocol(place):
                 check_writable(Path(place), key)
+
+    def _run(self, model: L.LightningModule, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:
+        """Lightning's own, which all its commands end in; models are configured before it looks at the checkpoint."""
+        self.makes_students = ckpt_path is None
+        return super()._run(model, ckpt_path=ckpt_path, weights_only=weights_only)
 
     @property
     def log_dir(self) -> str | None:

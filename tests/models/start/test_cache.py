@@ -10,7 +10,8 @@ import torch
 
 from distill.models.start import cache
 from distill.models.start.cache import cached_student, digest, made_before
-from distill.models.start.make import CPU, Shape, StudentFit
+from distill.models.start.make import CPU
+from distill.models.start.shape import Shape, StudentFit
 from distill.models.start.walk import Rows
 from helpers import tiny
 
@@ -59,7 +60,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 from distill.models.start.cache import cached_student
-from distill.models.start.make import CPU, Shape, StudentFit
+from distill.models.start.make import CPU
+from distill.models.start.shape import Shape, StudentFit
 from distill.models.start.walk import Rows
 from helpers import tiny
 

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 from distill.errors import UserError
 from distill.models.layers import decoder_layers
 from distill.models.start.fit import batches
-from distill.models.start.make import Shape, StudentFit, make_student
+from distill.models.start.make import make_student
+from distill.models.start.shape import Shape, StudentFit
 from distill.models.start.walk import Rows
 from helpers import tiny
 

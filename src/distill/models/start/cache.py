@@ -20,8 +20,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from distill.models.quiet import quiet_transformers
-from distill.models.start.make import Place, Shape, StudentFit, make_student
+from distill.models.start.make import Place, make_student
 from distill.models.start.progress import showing
+from distill.models.start.shape import Shape, StudentFit
 from distill.models.start.walk import Rows
 from distill.sources import cache_dir
 

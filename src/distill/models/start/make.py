@@ -11,13 +11,12 @@ Shapes: R rows, L positions, D width of the student, N counted positions, E expe
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distill.models.blocks import moe_layers
 from distill.models.cut import cut_layers
 from distill.models.layers import decoder_layers
 from distill.models.start.experts import refit_experts
@@ -34,60 +33,10 @@ from distill.models.start.fit import (
 )
 from distill.models.start.narrow import Axes, check_narrowable, ffn_norm, principal_axes, turn
 from distill.models.start.neurons import Task, narrow_ffn
+from distill.models.start.shape import LayerFit, Shape, StudentFit
 from distill.models.start.site import Seen, reading_gain, site_of, watching
 from distill.models.start.skeleton import build, copy_shared, student_config
 from distill.models.start.walk import Rows, Walk
-
-
-@dataclass(frozen=True)
-class StudentFit:
-    """How a student that is cut from its teacher is fitted, layer by layer, before the run.
-
-    Args:
-        tokens: calibration tokens, of training rows; auto = 16,384, and 30 for each neuron of an FFN that is chosen.
-        steps: optimizer steps of each layer or FFN alone, of 512 tokens; 0 = none, only what has a closed form.
-        learning_rate: their peak; null = 0.2 / width of the residual stream.
-        seed: of the batches' order.
-    """
-
-    tokens: int | Literal["auto"] = "auto"
-    steps: int = 60
-    learning_rate: float | None = None
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a student keeps of its teacher.
-
-    Args:
-        layers: indices of the teacher's layers, ascending.
-        intermediate_size: neurons of each FFN; None = the teacher's blocks.
-        hidden_size: width of the residual stream; None = the teacher's.
-    """
-
-    layers: list[int]
-    intermediate_size: int | None = None
-    hidden_size: int | None = None
-
-
-@dataclass(frozen=True)
-class LayerFit:
-    """How near a layer of the student came to its target, as `unexplained` says.
-
-    Args:
-        layer: of the student.
-        teacher_layer: that it was made from.
-        trained: what was trained alone: layer, ffn or nothing.
-        before: error of the layer as it was cut, or of the closed form where it has one.
-        after: error in the end.
-    """
-
-    layer: int
-    teacher_layer: int
-    trained: str
-    before: float
-    after: float
 
 
 @dataclass(frozen=True)
@@ -330,13 +279,3 @@ class _Making:
     def _train(self, module: nn.Module, loss_of: Callable[[int], Tensor], tell: Tell) -> None:
         rate = self.fit.learning_rate or RATE_TIMES_WIDTH / self.student.config.hidden_size
         train_alone(module, loss_of, self.fit.steps, rate, tell)
-
-
-def calibration_tokens(shape: Shape, fit: StudentFit, teacher: PreTrainedModel) -> int:
-    """How many tokens `auto` means."""
-    if fit.tokens != "auto":
-        return fit.tokens
-    chosen = shape.intermediate_size or 0
-    if shape.hidden_size is not None and not chosen and not moe_layers(teacher):
-        chosen = len(read_block(decoder_layers(teacher)[0]).neurons)
-    return max(16_384, 30 * chosen)

@@ -119,7 +119,7 @@ def principal_axes(walk: Walk, hidden: int) -> Axes:
 @torch.no_grad()
 def turn(student: PreTrainedModel, teacher: PreTrainedModel, kept: list[int], axes: Axes) -> None:
     """Fills a narrower student with the teacher's weights in its axes, all but the FFNs."""
-    theirs: dict[str, Tensor] = {name: value.float() for name, value in teacher.state_dict().items()}
+    theirs: dict[str, Tensor] = teacher.state_dict()
     mine, stack, ffns = student.state_dict(), stack_name(student), ffn_names(student)
     first, head, final = _around(teacher)
     my_first, my_head, my_final = _around(student)
@@ -129,11 +129,11 @@ def turn(student: PreTrainedModel, teacher: PreTrainedModel, kept: list[int], ax
     for name, value in mine.items():
         if not name.startswith(f"{stack}.") or name.startswith(ffns):
             continue
-        source = theirs[teacher_name(name, student, kept)]
+        source = theirs[teacher_name(name, student, kept)].float()
         part = name.removeprefix(f"{stack}.").split(".", 1)[1]
         if part.removesuffix(".weight") in READ:
             before = teacher_name(name.removesuffix(part) + f"{NORMS[0]}.weight", student, kept)
-            source = axes.read(source, theirs[before])
+            source = axes.read(source, theirs[before].float())
         elif part.removesuffix(".weight") in WRITE:
             source = axes.axes_DK.T @ source
         elif part.removesuffix(".bias") in WRITE:

@@ -14,9 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from distill.errors import UserError
 from distill.models.blocks import moe_layers, router_of
-from distill.models.cut import cut_config
+from distill.models.cut import cut_config, cut_layers
 from distill.models.layers import decoder_layers
 from distill.models.start.ffn import ffn_of
+from distill.models.start.shape import Shape
 
 KEY = "model.student_intermediate_size"
 TWINS = {"qwen3_moe": "qwen3", "mixtral": "mistral", "granitemoe": "granite"}  # same attention, norms, multipliers
@@ -63,6 +64,24 @@ def build(config: Any, teacher: PreTrainedModel) -> PreTrainedModel:
         return type(teacher)._from_config(config, **options)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)
     return model
+
+
+def unmade_student(teacher: PreTrainedModel, shape: Shape) -> PreTrainedModel:
+    """A student of a shape before it is made, its weights random where they are not a plain cut's.
+
+    For what only needs to know the model: a checkpoint that fills it, an estimate without memory.
+
+    Args:
+        teacher: on any device, meta included.
+        shape: of the student.
+
+    Raises:
+        UserError: a family that cannot be cut so.
+    """
+    if shape.intermediate_size is None and shape.hidden_size is None:
+        return cut_layers(teacher, shape.layers)
+    config = student_config(teacher, shape.layers, shape.intermediate_size, shape.hidden_size)
+    return build(config, teacher).requires_grad_(True).train()
 
 
 @torch.no_grad()
