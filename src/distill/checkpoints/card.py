@@ -74,7 +74,7 @@ def model_card(name: str, student: Student) -> str:
         "## Data",
         table(("key", "value"), data) if data else UNKNOWN,
         "## Recipe",
-        f"The student started from {_beginning(settings)}.",
+        f"The student started from {_beginning(settings, run)}.",
         table(("loss", "weight"), losses),
         "A weight is a number, or a list of [progress, value] knots with straight lines between them.",
         table(("key", "value"), _training(settings, run)),
@@ -103,11 +103,26 @@ def _listed(options: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
 
 
-def _beginning(settings: Mapping[str, Any]) -> str:
+def _beginning(settings: Mapping[str, Any], run: Mapping[str, Any]) -> str:
     weights, layers, config = (settings[key] for key in SOURCES)
-    if layers is not None:
-        return f"layers {layers} of the teacher" if isinstance(layers, list) else f"{layers} of the teacher's layers"
-    return f"`{weights}`" if config is None else f"random weights (`{config}`)"
+    width, hidden = (settings.get(f"model.student_{key}_size") for key in ("intermediate", "hidden"))
+    if layers is None and width is None and hidden is None:
+        return f"`{weights}`" if config is None else f"random weights (`{config}`)"
+    if layers is None:
+        parts = "all of the teacher's layers"
+    else:
+        parts = f"layers {layers} of the teacher" if isinstance(layers, list) else f"{layers} of the teacher's layers"
+    if width is not None:
+        parts += f", their FFNs made of {width} of its neurons"
+    if hidden is not None:
+        parts += f", in {hidden} principal axes of its states"
+    if (made := run.get("student_fit")) is None:
+        return parts
+    errors = [layer["after"] for layer in made["layers"]]
+    return (
+        f"{parts}, fitted layer by layer on {made['tokens']:,} tokens; the layers left {min(errors):.3f} to "
+        f"{max(errors):.3f} of their targets unexplained"
+    )
 
 
 def _training(settings: Mapping[str, Any], run: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:

@@ -151,8 +151,9 @@ class DistillationModule(L.LightningModule):
         if not callbacks_of(self.trainer, Curriculum):
             rank_zero_info("No Curriculum among the callbacks: every loss weighs 1 throughout, at temperature 1.")
         self._place_teacher()
-        if self.made is not None and self.trainer.is_global_zero and self.trainer.log_dir is not None:
-            write_record(Path(self.trainer.log_dir), self.made)
+        folder = self.trainer.log_dir  # which all ranks must ask for
+        if self.made is not None and folder is not None and self.trainer.is_global_zero:
+            write_record(Path(folder), self.made)
 
     def on_validation_start(self) -> None:
         self._place_teacher()

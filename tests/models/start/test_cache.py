@@ -58,18 +58,18 @@ KILLED = """
 import os, sys
 from pathlib import Path
 import torch
-from transformers import PreTrainedModel
+from distill.models.start import cache
 from distill.models.start.cache import cached_student
 from distill.models.start.make import CPU
 from distill.models.start.shape import Shape, StudentFit
 from distill.models.start.walk import Rows
 from helpers import tiny
 
-saved = PreTrainedModel.save_pretrained
-def killed(self, *args, **kwargs):
-    saved(self, *args, **kwargs)
+saved = cache.save_model
+def killed(*args, **kwargs):
+    saved(*args, **kwargs)
     os.kill(os.getpid(), 9)  # the weights are on disk, the record is not
-PreTrainedModel.save_pretrained = killed
+cache.save_model = killed
 rows = Rows.of(torch.randint(3, tiny.VOCAB, (6, 24), generator=torch.Generator().manual_seed(1)))
 cached_student(tiny.tiny_qwen3_moe(), Shape([0, 1], 24), rows, StudentFit(steps=2), CPU, Path(sys.argv[1]))
 """

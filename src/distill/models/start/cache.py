@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -106,8 +107,10 @@ def _bytes(tensor: Tensor) -> Any:
 def _write(target: Path, student: PreTrainedModel, record: dict[str, Any]) -> None:
     partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".partial", dir=target.parent))
     try:
-        with quiet_transformers():
-            student.save_pretrained(partial)
+        # Not by save_pretrained, which writes on rank zero alone: here it is whoever came first.
+        save_model(student, str(partial / "model.safetensors"), metadata={"format": "pt"})
+        student.config.to_json_file(str(partial / "config.json"), use_diff=False)
+        student.generation_config.save_pretrained(partial)
         (partial / RECORD).write_text(json.dumps(record, indent=1))
         partial.chmod(0o755)  # mkdtemp keeps others out
         os.replace(partial, target)
