@@ -130,19 +130,30 @@ def is_whole(path: Path) -> bool:
 
 
 def find_last(runs: Iterable[Path]) -> Path | None:
-    """The newest whole checkpoint of the newest run that has one; damaged ones are passed over with a warning.
+    """The whole checkpoint with most steps of the newest run that has one; damaged ones are passed over with a warning.
+
+    Of those with as many steps it is the one written last. The times of files alone say nothing: copying changes them.
 
     Args:
         runs: their directories, the newest first.
     """
     for run in runs:
         found = (path for path in (run / "checkpoints").glob("*.ckpt") if not path.is_symlink())  # best.ckpt
-        for path in sorted(found, key=lambda path: (-path.stat().st_mtime_ns, path.name)):
+        for path in sorted(found, key=lambda path: (-_step(path), -path.stat().st_mtime_ns, path.name)):
             if is_whole(path):
                 rank_zero_info(f"ckpt_path: last is {path}{_told(run)}")
                 return path
             rank_zero_warn(f"ckpt_path: {path} is damaged and passed over, an earlier one is taken.")
     return None
+
+
+def _step(path: Path) -> float:
+    """Optimizer steps of a checkpoint; infinite where it cannot be read, so that it is looked at and named."""
+    try:
+        file = path / "meta.pt" if path.is_dir() else path
+        return float(torch.load(file, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+    except Exception:  # a damaged archive fails in whatever line reads it
+        return float("inf")
 
 
 def _told(run: Path) -> str:

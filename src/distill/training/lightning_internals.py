@@ -7,7 +7,10 @@ pyproject.toml allows the minor versions that were run.
 from typing import Any, TypeVar
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.loops.evaluation_loop import RestartStage
+from lightning.pytorch.loops.loop import _Loop
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins.precision import HalfPrecision
 from torch import nn
 
@@ -26,7 +29,7 @@ def validate_between_steps(trainer: L.Trainer) -> None:
     due = type(loop)._should_check_val_fx.__get__(loop)
 
     def due_by_now(fetcher: Any) -> bool:
-        if loop._should_accumulate() and not trainer.should_stop:
+        if loop._should_accumulate():
             return False
         if due(fetcher):
             return True
@@ -37,6 +40,148 @@ def validate_between_steps(trainer: L.Trainer) -> None:
         return count >= every and count % every <= loop.batch_idx % trainer.accumulate_grad_batches
 
     loop._should_check_val_fx = due_by_now
+
+
+class _WholeSteps(_TrainingEpochLoop):
+    """Lightning's loop over an epoch, which is left at the end of an accumulation window alone."""
+
+    @property
+    def done(self) -> bool:
+        return not self._should_accumulate() and super().done
+
+
+def stop_between_steps(trainer: L.Trainer) -> None:
+    """From now on whatever asks the run to stop is heard at the end of an accumulation window.
+
+    `max_time`, `EarlyStopping` and every other callback set `trainer.should_stop`, and Lightning leaves the epoch after
+    that micro-batch: the gradients of its window would be lost, and the place would be that of no step.
+    """
+    trainer.fit_loop.epoch_loop.__class__ = _WholeSteps
+
+
+def step_is_whole(trainer: L.Trainer) -> bool:
+    """Whether the micro-batch that was just trained on was the last of its optimizer step."""
+    return not trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+def within_a_step(trainer: L.Trainer) -> bool:
+    """Whether an optimizer step has begun and is not whole, be it by an error in its first micro-batch."""
+    loop = trainer.fit_loop.epoch_loop
+    counts: Any = loop.batch_progress.current
+    return counts.processed < counts.ready or loop._should_accumulate()
+
+
+def more_follows(trainer: L.Trainer) -> bool:
+    """Whether a validation or the end of the epoch comes next, of which a checkpoint here would know nothing."""
+    loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+    assert fetcher is not None
+    return loop._is_training_done or loop._should_check_val_fx(fetcher)
+
+
+def epoch_ends(trainer: L.Trainer) -> bool:
+    """Whether the end of the epoch comes next, after a validation if one is due."""
+    return trainer.fit_loop.epoch_loop._is_training_done
+
+
+def stops_here(trainer: L.Trainer) -> bool:
+    """Whether the run ends with this step, since something asked for it and `min_steps` and `min_epochs` allow it."""
+    return trainer.should_stop and trainer.fit_loop._can_stop_early
+
+
+def take_sigterm(trainer: L.Trainer) -> bool:
+    """Whether SIGTERM came before our handlers were there; Lightning, which would stop without saving, forgets it."""
+    received, trainer._signal_connector.received_sigterm = trainer.received_sigterm, False
+    return received
+
+
+def place_between_steps(checkpoint: dict[str, Any], accumulate: int) -> None:
+    """Puts the place in a checkpoint that is about to be loaded at the end of its last whole step.
+
+    Lightning's callbacks write wherever they stand: within an accumulation window, whose gradients no checkpoint holds,
+    and after a stop in mid-epoch, where the epoch counts as done and the rest of its rows would be skipped.
+
+    Args:
+        checkpoint: of a run; changed in place.
+        accumulate: micro-batches of its optimizer steps.
+    """
+    loop = checkpoint["loops"]["fit_loop"]
+    batches, epochs = loop["epoch_loop.batch_progress"], loop["epoch_progress"]
+    done: int = batches["current"]["processed"]
+    if batches["is_last_batch"] or not done:
+        return
+    if beyond := done % accumulate:
+        for counts in (batches["total"], batches["current"]):
+            counts |= dict.fromkeys(counts, counts["processed"] - beyond)
+        for loader in loop["state_dict"].get("combined_loader", []):
+            loader["processed"] -= beyond
+    if epochs["current"]["processed"] == epochs["current"]["started"]:
+        for counts in (epochs["total"], epochs["current"]):
+            counts |= {"processed": counts["started"] - 1, "completed": counts["started"] - 1}
+
+
+def begin_validation_again(trainer: L.Trainer) -> None:
+    """Makes a resumed run do the whole of a validation that its checkpoint cut short.
+
+    Lightning would take it for done, or do the rest of it alone.
+    """
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop.batch_progress.reset_on_run()
+    loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
+
+
+def begin_next_epoch(trainer: L.Trainer) -> None:
+    """Makes a run that is resumed from the end of an epoch begin the next one.
+
+    Under `max_steps` Lightning takes it for broken off in mid-epoch.
+    """
+    fit: Any = trainer.fit_loop
+    epochs = fit.epoch_progress
+    if epochs.current.processed == epochs.current.started:
+        epochs.current.completed, epochs.total.completed = epochs.current.processed, epochs.total.processed
+        _Loop.restarting.fset(fit, False)  # type: ignore[attr-defined]
+        fit.reset_restart_stage()
+
+
+def log_under_the_step(trainer: L.Trainer) -> None:
+    """Keeps the loggers' step equal to the optimizer's.
+
+    Lightning loses one where a checkpoint lies at a validation that the resumed run would not make there.
+    """
+    trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+
+def loggers_step(trainer: L.Trainer) -> int:
+    """The step under which loggers are given what is logged now."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def log_each_step_alone(trainer: L.Trainer) -> None:
+    """From now on a row of the loggers holds what was logged in its own optimizer step, and nothing else.
+
+    Lightning keeps the last value of each entry until the epoch ends, so that a component whose weight has gone to zero
+    would stay in every later row. What is averaged over an epoch stays, and so does what only bars show.
+    """
+    connector: Any = trainer._logger_connector
+    update = type(connector).update_train_step_metrics.__get__(connector)
+
+    def update_and_forget() -> None:
+        update()
+        results: Any = trainer._results
+        if step_is_whole(trainer) and results is not None:
+            alone = [key for key, item in results.items() if item.meta.logger and not item.meta.on_epoch]
+            for key in alone:
+                del results[key]
+
+    connector.update_train_step_metrics = update_and_forget
+
+
+def averaged(trainer: L.Trainer) -> Any:
+    """The module whose weights a `WeightAveraging` callback puts into checkpoints in place of the trained ones.
+
+    It keeps them to itself. None where there is no such callback.
+    """
+    found = [callback._average_model for callback in callbacks_of(trainer, WeightAveraging)]
+    return next((model.module for model in found if model is not None), None)
 
 
 def load_loader_states(trainer: L.Trainer) -> None:

@@ -31,10 +31,13 @@ from distill.training.entry import entry, settings
 from distill.training.horizon import horizon_of
 from distill.training.idle import IdleParameters
 from distill.training.lightning_internals import (
+    averaged,
     callbacks_of,
     cast_as_loading_does,
     leave_batches_as_they_are,
     load_loader_states,
+    log_each_step_alone,
+    stop_between_steps,
     validate_between_steps,
 )
 from distill.training.objective import Losses, objective
@@ -89,15 +92,12 @@ class DistillationModule(L.LightningModule):
     # Set-up
 
     def configure_callbacks(self) -> list[Callback]:
-        """`ExactResume()`, where the trainer has none.
-
-        Raises:
-            UserError: the trainer has a callback that would bend the run.
-        """
+        """`ExactResume()` and `SomethingTrained()`, where the trainer has none; refuses what would bend the run."""
         from distill.training.callbacks.resume import ExactResume  # which knows this module
+        from distill.training.callbacks.trained import SomethingTrained
 
         check_callbacks(callbacks_of(self.trainer, Callback))
-        return [] if callbacks_of(self.trainer, ExactResume) else [ExactResume()]
+        return [kind() for kind in (ExactResume, SomethingTrained) if not callbacks_of(self.trainer, kind)]
 
     def setup(self, stage: str) -> None:
         leave_batches_as_they_are(self.trainer)
@@ -284,7 +284,9 @@ class DistillationModule(L.LightningModule):
         load_loader_states(trainer)
         for optimizer, scheduler in zip(trainer.optimizers, trainer.lr_scheduler_configs, strict=True):
             configuration_wins(optimizer, scheduler.scheduler, self._configured)
+        stop_between_steps(trainer)
         validate_between_steps(trainer)
+        log_each_step_alone(trainer)
         self._throughput = Throughput()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
@@ -315,7 +317,8 @@ class DistillationModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         assert self.student is not None
         teacher = self.teacher.model if self.teacher is not None else None
-        checkpoint["distill"] = entry(self.options, self.student, teacher, self.trainer, self.made)
+        saved: Any = averaged(self.trainer) or self
+        checkpoint["distill"] = entry(self.options, saved.student, teacher, self.trainer, self.made)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         contents.check(checkpoint, settings(self.options, self.trainer), self.state_dict())

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import yaml
@@ -16,6 +17,7 @@ class SaveConfig(SaveConfigCallback):
     """Writes the run's config.yaml once everything was checked; a run refused before its first step leaves nothing."""
 
     ours = False  # whether the run directory is known to be this run's
+    began = False  # whether it has trained on a batch
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Nothing yet: Lightning's callback would write here, before the models were looked at."""
@@ -28,6 +30,9 @@ class SaveConfig(SaveConfigCallback):
         if trainer.is_global_zero and directory is not None:
             Path(directory, "environment.yaml").write_text(yaml.safe_dump(environment(trainer), sort_keys=False))
 
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self.began = True
+
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Gives the loggers the configuration but their own part of it, which may hold the key to a service."""
         config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
@@ -39,7 +44,6 @@ class SaveConfig(SaveConfigCallback):
         fresh = getattr(trainer, "fresh_directory", None)
         if fresh is not None and not self.ours and Path(fresh, "config.yaml").exists():
             return  # of another run, which has taken the same number since
-        started = trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        refused = isinstance(exception, Exception) and not isinstance(exception, RunError) and not started
+        refused = isinstance(exception, Exception) and not isinstance(exception, RunError) and not self.began
         if refused and fresh is not None and trainer.is_global_zero:
             shutil.rmtree(fresh, ignore_errors=True)

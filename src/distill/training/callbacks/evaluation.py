@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import final
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.callbacks import Callback, EarlyStopping, Timer
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from rich.console import Console
 from rich.table import Table
 
 from distill.training.callbacks.best import BestLink
+from distill.training.callbacks.last_checkpoint import LastCheckpoint
 from distill.training.callbacks.text import emit, run_directory
 from distill.training.horizon import horizon_of
+from distill.training.lightning_internals import callbacks_of
 from distill.training.module import distilled
 
 TABLE = (
@@ -106,17 +108,21 @@ def rows_of(metrics: Mapping[str, float]) -> list[str]:
 
 
 def stopped_early(trainer: L.Trainer) -> str | None:
-    """Why a run ended before its last step, where an `EarlyStopping` says so."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    horizon = horizon_of(trainer)
-    for callback in callbacks:
-        if isinstance(callback, EarlyStopping) and callback.stopping_reason != EarlyStoppingReason.NOT_STOPPED:
+    """Why a run ended before its last step; None where it did not."""
+    step, horizon = trainer.global_step, horizon_of(trainer)
+    if step >= horizon:
+        return None
+    for callback in callbacks_of(trainer, EarlyStopping):
+        if callback.stopping_reason != EarlyStoppingReason.NOT_STOPPED:
             why = str(callback.stopping_reason_message)
             if callback.stopping_reason == EarlyStoppingReason.PATIENCE_EXHAUSTED:
                 why = f"{callback.monitor} has not improved for {callback.wait_count} validations"
-            if trainer.global_step < horizon:
-                return f"Stopped early at step {trainer.global_step} of {horizon}: {why}"
-    return None
+            return f"Stopped early at step {step} of {horizon}: {why}"
+    left = [timer.time_remaining() for timer in callbacks_of(trainer, Timer)]
+    why = "a callback asked for it" if trainer.should_stop else "its epochs were shorter than they were counted"
+    why = "its time is used up" if any(seconds is not None and seconds <= 0 for seconds in left) else why
+    on = "; --ckpt_path last goes on from there" if callbacks_of(trainer, LastCheckpoint) else ""
+    return f"Stopped early at step {step} of {horizon}: {why}{on}"
 
 
 def shown(value: float | None) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from distill.batch import Batch
 from distill.errors import UserError
 from distill.models.layers import decoder_layers
+from distill.training.lightning_internals import loggers_step
 from distill.training.module import DistillationModule, distilled
 
 KD = "kd_loss"
@@ -59,8 +60,9 @@ class Gradients(Callback):
         if not opens_step or trainer.global_step % self.every_n_steps:
             return
         figures = gradient_figures(trainer, module, batch)
+        step = loggers_step(trainer)
         for logger in trainer.loggers:  # past `log`, which drops what is not due on one of the loggers' own steps
-            logger.log_metrics({f"gradients/{name}": float(value) for name, value in figures.items()}, _step(trainer))
+            logger.log_metrics({f"gradients/{name}": float(value) for name, value in figures.items()}, step)
 
 
 def gradient_figures(trainer: L.Trainer, module: DistillationModule, batch: Batch) -> dict[str, Tensor]:
@@ -123,8 +125,3 @@ def _by_layer(total: Tensor, layers: list[list[nn.Parameter]]) -> list[Tensor | 
         whole = [p.new_zeros(p.numel()) if g is None else g.flatten() for p, g in parts]
         result.append(torch.cat(whole) if reached else None)
     return result
-
-
-def _step(trainer: L.Trainer) -> int:
-    """The step under which Lightning logs what this batch logs."""
-    return trainer.fit_loop.epoch_loop._batches_that_stepped

@@ -1,8 +1,8 @@
 """The checkpoint to go on from: `checkpoints/last.ckpt`, never far behind, with the one before it as `previous.ckpt`.
 
-It is written after every validation, every ten minutes between two of them, at the end, and when SIGTERM or SIGINT ask
-the run to stop; always where a step is complete, so that the resumed run equals the unbroken one. That is two files of
-full state on disk, beside the best one that `checkpoint` keeps.
+It is written after every validation, every ten minutes between two of them, at the end, and when a signal, `max_time`
+or a callback asks the run to stop; always where a step is complete, so that the resumed run equals the unbroken one.
+That is two files of full state on disk, beside the best one that `checkpoint` keeps.
 
 Reads: the trainer's progress, signals. Writes: the two files; flushes the loggers.
 """
@@ -23,6 +23,14 @@ from distill.errors import UserError
 from distill.stop_signals import Agreement, StopSignals
 from distill.training.callbacks.text import run_directory
 from distill.training.horizon import horizon_of
+from distill.training.lightning_internals import (
+    averaged,
+    epoch_ends,
+    more_follows,
+    step_is_whole,
+    stops_here,
+    take_sigterm,
+)
 
 
 @final
@@ -47,7 +55,7 @@ class LastCheckpoint(Checkpoint):
         self.agreement: Agreement | None = None
         self.horizon = self.saved_step = 0
         self.saved_at = 0.0
-        self.stop, self.due = 0, 0
+        self.stop = self.due = self.end = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.directory = Path(run_directory(trainer) or trainer.default_root_dir, "checkpoints")
@@ -55,25 +63,22 @@ class LastCheckpoint(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.agreement, self.horizon = Agreement(), horizon_of(trainer)
         self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
-        if trainer.received_sigterm:  # before the first step, noted by Lightning, which would not save
-            trainer._signal_connector.received_sigterm = False
+        if take_sigterm(trainer):
             self.signals.received = signal.SIGTERM
         self.signals.install()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        loop = trainer.fit_loop.epoch_loop
-        if loop._should_accumulate():
+        if not step_is_whole(trainer):
             return
-        self._agree()
+        self._agree(trainer)
+        trainer.should_stop = bool(self.end)
         if self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0:
             self.due = 1
-        fetcher = trainer.fit_loop._data_fetcher
-        assert fetcher is not None
-        if loop._is_training_done or loop._should_check_val_fx(fetcher):
-            return  # a checkpoint here would lose the validation or the end of the epoch that comes next
-        if self.stop or self.due:
+        if more_follows(trainer):
+            return
+        if self.stop or self.due or stops_here(trainer):
             self._save(trainer)
         self._stop(trainer)
 
@@ -81,19 +86,26 @@ class LastCheckpoint(Checkpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
         """Does not wait for the end of a long validation, which a resumed run begins again."""
+        if averaged(trainer) is not None:
+            return  # which validates other weights, so that a checkpoint here would hold the wrong ones
         if self._is_fitting(trainer) and trainer.global_step < self.horizon:  # a finished run won't validate again
-            self._agree()
+            self._agree(trainer)
             if self.stop:
                 self._save(trainer)
             self._stop(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._is_fitting(trainer) and trainer.global_step < self.horizon:  # the last one: at the end of the epoch
-            self._save(trainer)
-            self._stop(trainer)
+        if not self._is_fitting(trainer) or trainer.global_step >= self.horizon:  # the last one: at the epoch's end
+            return
+        trainer.should_stop = trainer.strategy.reduce_boolean_decision(trainer.should_stop, all=False)
+        if epoch_ends(trainer) or stops_here(trainer):
+            self.due = 1  # at the epoch's end, when the other callbacks have made of this validation what they do
+            return
+        self._save(trainer)
+        self._stop(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.stop or self.due or trainer.global_step >= self.horizon:
+        if self.stop or self.due or stops_here(trainer) or trainer.global_step >= self.horizon:
             self._save(trainer)
         self._stop(trainer)
 
@@ -110,16 +122,18 @@ class LastCheckpoint(Checkpoint):
     def _is_fitting(self, trainer: L.Trainer) -> bool:
         return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
 
-    def _agree(self) -> None:
-        """Takes over what the ranks have agreed on: a signal to stop, and whether a checkpoint is due by the clock."""
+    def _agree(self, trainer: L.Trainer) -> None:
+        """Takes over what the ranks have agreed on: a signal to stop, whether a checkpoint is due by the clock, and
+        whether a callback of any rank has asked for the end, which no rank may follow before all of them know.
+        """
         assert self.agreement is not None
         late = self.every_minutes is not None and time.monotonic() - self.saved_at > 60 * self.every_minutes
-        stop, due = self.agreement(self.signals.received, int(late))
-        self.stop, self.due = max(self.stop, stop), max(self.due, due)
+        stop, due, end = self.agreement(self.signals.received, int(late), int(trainer.should_stop))
+        self.stop, self.due, self.end = max(self.stop, stop), max(self.due, due), max(self.end, end)
 
     def _save(self, trainer: L.Trainer) -> None:
         """Writes `last.ckpt` and keeps the one before, each moved to its name when it is complete."""
-        if trainer.global_step != self.saved_step:
+        if trainer.global_step != self.saved_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             new, last, previous = (self.directory / f"{name}.ckpt" for name in ("new", "last", "previous"))
             trainer.save_checkpoint(new, weights_only=False)
             if trainer.is_global_zero:

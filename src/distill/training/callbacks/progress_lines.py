@@ -70,11 +70,17 @@ class ProgressLines(Callback):
         self.away = time.monotonic()
 
     def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int, *more: Any
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if trainer.state.fn == "fit" and self._is_due(trainer):
-            (batches,) = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
-            self._print(trainer, f"validating: batch {batch_idx + 1} of {batches}")
+            batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+            self._print(trainer, f"validating: batch {batch_idx + 1} of {batches[dataloader_idx]}")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.measured += time.monotonic() - self.away

@@ -1,5 +1,7 @@
 """A resumed run goes on as if it had never been broken off: random numbers, a validation that was cut short, the best.
 
+Whatever wrote the checkpoint, and wherever, the run goes on from the end of the last whole step before.
+
 The sampler's place, the curriculum and the optimizer have their own state. A checkpoint grows by a few kilobytes for
 each rank, which are gathered when it is written.
 
@@ -15,12 +17,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loops.evaluation_loop import RestartStage
-from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from distill.batch import Batch
 from distill.errors import UserError
+from distill.training.lightning_internals import (
+    begin_next_epoch,
+    begin_validation_again,
+    log_under_the_step,
+    place_between_steps,
+    within_a_step,
+)
 
 
 def random_state() -> dict[str, Any]:
@@ -51,6 +58,8 @@ class ExactResume(Callback):
 
     def __init__(self) -> None:
         self.before_validation: dict[str, Any] | None = None
+        self.before_step: dict[str, Any] | None = None  # of the last that has begun
+        self.trainer: L.Trainer | None = None
         self.loaded: dict[str, Any] | None = None
         self.others: dict[str, Any] = {}  # states of all callbacks in the checkpoint
 
@@ -60,6 +69,7 @@ class ExactResume(Callback):
         Raises:
             UserError: this process has not found the first one's checkpoint.
         """
+        self.trainer = trainer
         mine = None if trainer.ckpt_path is None else str(trainer.ckpt_path)
         first = trainer.strategy.broadcast(mine)
         if mine != first:
@@ -71,10 +81,9 @@ class ExactResume(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        """Keeps the loggers' step equal to the optimizer's; Lightning loses one where a checkpoint lies at a validation
-        that the resumed run would not make there.
-        """
-        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        log_under_the_step(trainer)
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self.before_step = random_state()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.before_validation = random_state()
@@ -84,6 +93,8 @@ class ExactResume(Callback):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self.others = checkpoint.get("callbacks", {})
+        ran = checkpoint.get("distill", {}).get("run", {}).get("trainer", {})
+        place_between_steps(checkpoint, ran.get("accumulate_grad_batches", trainer.accumulate_grad_batches))
 
     def _remember_best(self, trainer: L.Trainer) -> None:
         """The earlier run's best checkpoints stay the ones to beat; Lightning forgets those of another directory."""
@@ -102,16 +113,9 @@ class ExactResume(Callback):
         if self.loaded is None:
             return
         self._remember_best(trainer)
-        if self.loaded["in_validation"]:  # Lightning would take it for done, or do the rest of it alone
-            loop = trainer.fit_loop.epoch_loop.val_loop
-            loop.batch_progress.reset_on_run()
-            loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
-        fit: Any = trainer.fit_loop
-        epochs = fit.epoch_progress
-        if epochs.current.processed == epochs.current.started:  # saved at an epoch's end, so the next begins
-            epochs.current.completed, epochs.total.completed = epochs.current.processed, epochs.total.processed
-            _Loop.restarting.fset(fit, False)  # type: ignore[attr-defined]  # under max_steps `fit` keeps it True
-            fit.reset_restart_stage()
+        if self.loaded["in_validation"]:
+            begin_validation_again(trainer)
+        begin_next_epoch(trainer)
         ranks = self.loaded["random"]
         if len(ranks) != trainer.world_size:
             rank_zero_warn(
@@ -122,8 +126,9 @@ class ExactResume(Callback):
         self.loaded = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Collective: every rank's state, before the validation where the checkpoint falls into one."""
-        mine = self.before_validation or random_state()
+        """Collective: every rank's state, before the validation or the step that the checkpoint falls into."""
+        within = self.trainer is not None and within_a_step(self.trainer)
+        mine = self.before_validation or (self.before_step if within else None) or random_state()
         ranks: list[Any] = [mine]
         if dist.is_initialized():
             ranks = [None] * dist.get_world_size()
