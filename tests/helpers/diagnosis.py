@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch.optim.lr_scheduler import LambdaLR
 
-import distill.training.module
+import distill.training.optim
 from distill.commands.diagnose import diagnose
 from distill.training.module import DistillationModule
 
@@ -30,11 +30,11 @@ def plant_losses(monkeypatch, bug):
 
 def plant_schedule(monkeypatch, times=1.0, factor=None):
     """Another unit for the schedule's steps, or a constant factor instead of it."""
-    true = distill.training.module.warmup_cosine
+    true = distill.training.optim.warmup_cosine
 
     def schedule(optimizer, warmup, horizon, floor):
         if factor is not None:
             return LambdaLR(optimizer, lambda step: factor)
         return true(optimizer, int(warmup * times), int(horizon * times), floor)
 
-    monkeypatch.setattr(distill.training.module, "warmup_cosine", schedule)
+    monkeypatch.setattr(distill.training.optim, "warmup_cosine", schedule)

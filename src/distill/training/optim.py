@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from distill.models.fsdp2 import whole_norm
 from distill.training.options import ModelOptions
 
-CONFIGURED = ("lr", "weight_decay", "betas")  # of a parameter group: what the configuration says
+CONFIGURED = ("initial_lr", "weight_decay", "betas")  # of a parameter group: what the configuration says
 
 
 def configure(
@@ -71,11 +71,10 @@ def configuration_wins(optimizer: torch.optim.Optimizer, schedule: Any, configur
     """Puts rates, decay and betas back to the configuration's after a checkpoint's state was loaded over them."""
     if not isinstance(schedule, LambdaLR):
         return
-    schedule.base_lrs = [group["lr"] for group in configured]
+    schedule.base_lrs = [group["initial_lr"] for group in configured]
     for group, options, factor in zip(optimizer.param_groups, configured, schedule.lr_lambdas, strict=True):
         group |= options
-        group["initial_lr"] = options["lr"]
-        group["lr"] = options["lr"] * factor(schedule.last_epoch)
+        group["lr"] = options["initial_lr"] * factor(schedule.last_epoch)
 
 
 def step_back(schedule: Any) -> None:

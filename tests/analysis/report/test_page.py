@@ -104,6 +104,7 @@ def test_report_of_a_real_run_has_every_section_and_its_figures(real):
         "Negative log-likelihood",
         "Entropy of the prediction",
         "Calibration error",
+        "Acceptance",
         "Curriculum",
         "Scaled components, training",
         "Raw components, training",
