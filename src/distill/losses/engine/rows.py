@@ -101,10 +101,10 @@ def top_k_rows(
         As `dense_rows`.
     """
     rest_RS, tail_RS = (buffers.get(i, *student_RS.shape) for i in range(2))
-    torch.sub(student_RS, student_RS.amax(-1, keepdim=True), out=rest_RS)
-    rest_RS.mul_(1 / temperature).clamp_min_(LOG_FLOOR)
+    torch.mul(student_RS, 1 / temperature, out=rest_RS)
     kept_RK = rest_RS.gather(1, ids_RK)
-    rest_RS.scatter_(1, ids_RK, 2 * LOG_FLOOR)  # below every id that was not kept, and finite where none is left
+    # Far below what was kept, and finite where everything was.
+    rest_RS.scatter_(1, ids_RK, (kept_RK.amax(-1, keepdim=True) + 2 * LOG_FLOOR).expand_as(kept_RK))
     softmax_into(rest_RS, tail_RS)
     tail_R1 = rest_RS.amax(-1, keepdim=True) - tail_RS.amax(-1, keepdim=True).log_()
     # The k + 1 buckets are few: fp64 makes what is nearly one as right as what is nearly nothing.
