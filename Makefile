@@ -10,8 +10,13 @@ quickstart: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest -q -m "not slow"
 
-test-all: .venv/ready build/triton
+test-all: .venv/ready .venv/tasks build/triton
 	$(BIN)/python -m pytest -q
+
+# Of the tests of tasks, which are skipped without it.
+.venv/tasks: .venv/ready
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[tasks]'
+	touch $@
 
 # For the kernel's tests, which run it in triton's interpreter; out of .venv, where torch would find it and use it.
 build/triton:

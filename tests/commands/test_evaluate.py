@@ -9,7 +9,6 @@ import warnings
 
 import pytest
 import torch
-import yaml
 
 from conftest import log_of
 from distill.commands import evaluate as command
@@ -19,6 +18,7 @@ from distill.errors import UserError
 from distill.evaluation.measure import gap_closed_percent
 from distill.evaluation.tasks import open_tasks
 from distill.models.load import load_model, load_tokenizer
+from helpers import local_task
 from helpers.finished_run import finished_run
 
 
@@ -183,38 +183,15 @@ def test_tasks_say_what_to_install(run, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs the extra `tasks`")
 def test_local_tasks(run, tmp_path):
-    items = [("import", [" sys", " zq"], 0), ("for name in", [" xq", " names"], 1), ("def", [" f", " 9"], 0)]
-    lines = [json.dumps({"question": q, "choices": c, "answer": a}) for q, c, a in items]
-    (tmp_path / "items.jsonl").write_text("\n".join(lines))
-    task = {
-        "task": "local_choice",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "items.jsonl")}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{question}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{answer}}",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    }
-    (tmp_path / "local.yaml").write_text(yaml.safe_dump(task))
-    arguments = [run[0], "--tasks", "local_choice", "--task_folder", str(tmp_path), "--json"]
+    local_task.write(tmp_path)
+    arguments = [run[0], "--tasks", local_task.NAME, "--task_folder", str(tmp_path), "--json"]
     shown = subprocess.run(
         [sys.executable, "-m", "distill.cli", "evaluate", *arguments], check=True, capture_output=True, text=True
     )
-    accuracy = json.loads(shown.stdout)["tasks"]["local_choice"]
+    accuracy = json.loads(shown.stdout)["tasks"][local_task.NAME]
     assert set(accuracy) == {"teacher", "student"}
     pair = load_pair(run[0])
-    right = 0
-    for question, choices, answer in items:
-        scores = []
-        for choice in choices:
-            context, whole = (pair.tokenizer(text)["input_ids"] for text in (question, question + choice))
-            with torch.no_grad():
-                logprobs = pair.student.model(torch.tensor([whole])).logits[0].log_softmax(-1)
-            scores.append(sum(logprobs[i - 1, whole[i]].item() for i in range(len(context), len(whole))))
-        right += scores.index(max(scores)) == answer
-    assert accuracy["student"]["acc"] == pytest.approx(right / len(items))
+    assert accuracy["student"]["acc"] == pytest.approx(local_task.accuracy(pair.student.model, pair.tokenizer))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # theirs
         with pytest.raises(UserError, match=r"'local_chice' is no task; did you mean 'local_choice'\?"):

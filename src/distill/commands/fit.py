@@ -22,6 +22,7 @@ from distill.commands.parser import Parser, shorten, told
 from distill.commands.quiet import quieten
 from distill.data.datamodule import DistillationDataModule
 from distill.errors import UserError, did_you_mean
+from distill.evaluation.harness import Harness
 from distill.preflight.callback import Preflight
 from distill.training.callbacks.audit import LossAudit
 from distill.training.callbacks.best import BestLink, check_monitors
@@ -50,8 +51,9 @@ CALLBACKS: dict[str, type[Callback]] = {
     "routing_losses_dump": RoutingLossesDump,
     "evaluation": Evaluation,
     "gradients": Gradients,
+    "harness": Harness,
 }
-OFF = {"gradients"}
+OFF = {"gradients", "harness"}
 
 
 class ProgramTrainer(DistillTrainer):
@@ -191,7 +193,8 @@ class DistillCLI(LightningCLI):
             trainer.check_directories()  # type: ignore[attr-defined]
         if self.subcommand == "fit":
             names = [one.name for one in self.datamodule.validation_sets if one.name]
-            check_monitors(trainer.callbacks, names, tasks=False)  # type: ignore[attr-defined]
+            callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            check_monitors(callbacks, names, any(isinstance(callback, Harness) for callback in callbacks))
         if checks:
             trainer.asked = config  # type: ignore[attr-defined]
         return trainer

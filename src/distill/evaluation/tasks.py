@@ -6,6 +6,7 @@ not used: the models are on one device.
 
 import importlib.util
 import io
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, redirect_stderr
@@ -20,29 +21,32 @@ from distill.models.quiet import quiet_transformers
 SEED = 1234  # of few-shot examples, as the harness's own command has it
 
 
-def open_tasks(tasks: Sequence[str], folder: str | None = None) -> Any:
+def open_tasks(
+    tasks: Sequence[str], folder: str | None = None, keys: tuple[str, str] = ("--tasks", "--task_folder")
+) -> Any:
     """The harness's index of tasks, once it is sure that it has these: before any model is loaded.
 
     Args:
         tasks: names of tasks or groups, the harness's own or those of `folder`.
         folder: with task files of one's own.
+        keys: what error messages call the two.
 
     Raises:
         UserError: the harness is not installed, no such task or folder.
     """
     if missing := [name for name in ("lm_eval", "accelerate") if importlib.util.find_spec(name) is None]:
         raise UserError(
-            f"--tasks: needs {' and '.join(missing)}; run `pip install 'student-aware-distillation[tasks]'`"
+            f"{keys[0]}: needs {' and '.join(missing)}; run `pip install 'student-aware-distillation[tasks]'`"
         )
     if folder is not None and not Path(folder).is_dir():
-        raise UserError(f"--task_folder: {folder} is no folder; correct the path")
+        raise UserError(f"{keys[1]}: {folder} is no folder; correct the path")
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(verbosity="ERROR", include_path=folder)
     if unknown := [name for name in tasks if name not in manager.all_tasks]:
         near = did_you_mean(unknown[0], manager.all_tasks)
         raise UserError(
-            f"--tasks: {unknown[0]!r} is no task; {near if near.startswith('did') else 'see `lm_eval --tasks list`'}"
+            f"{keys[0]}: {unknown[0]!r} is no task; {near if near.startswith('did') else 'see `lm_eval --tasks list`'}"
         )
     return manager
 
@@ -71,6 +75,7 @@ def run_tasks(
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a model that is loaded already
     found: dict[str, dict[str, dict[str, float]]] = {}
     bars = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
     with bars, quiet_transformers():

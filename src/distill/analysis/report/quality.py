@@ -101,6 +101,6 @@ def tasks(runs: list[RunHistory]) -> Section | None:
     charts = []
     for name in names:
         task, _, score = name.removeprefix("tasks/").rpartition("/")
-        if "_stderr" not in score:
-            charts.append(overlay(runs, name, task, score))
+        if "_stderr" not in score and not score.startswith("teacher_"):
+            charts.append(with_teacher(runs, overlay(runs, name, task, score), f"tasks/{task}/teacher_{score}"))
     return Section("tasks", "Tasks", [Group("", only(charts))]) if charts else None

@@ -16,7 +16,7 @@ POINTS = 100  # rows of a chart's table for each series
 COMPARABLE = ("model.teacher", "data.")
 INCIDENTAL = ("data.per_device_batch_size", "data.num_workers")
 MORE_IS_BETTER = re.compile(
-    r"(acc|acc_norm|accuracy|exact_match|f1|bleu|rouge\w*|retention|acceptance|top\d_agreement|tokens_per_s)(,.*)?"
+    r"(acc|acc_norm|accuracy|exact_match|f1|bleu|rouge\w*|retention|\w+_retention_percent|acceptance|top\d_agreement|tokens_per_s)(,.*)?"
 )
 
 

@@ -58,7 +58,8 @@ class Evaluation(Callback):
         module = distilled(pl_module)
         if trainer.sanity_checking and trainer.num_sanity_val_steps != float("inf"):
             return
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        found = trainer.callback_metrics.items()
+        metrics = {name: float(value) for name, value in found if name.startswith(("val/", "tasks/"))}
         weights = module.component_weights()
         lines = [f"[Eval] Step {module.curriculum.step}, loss: {metrics['val/loss']:.4f}"]
         for name, weight in weights.items():
@@ -85,7 +86,7 @@ class Evaluation(Callback):
         columns["teacher"] = {
             name: self.last[theirs]
             for name in self.last
-            if (theirs := re.sub(r"/student_(perplexity|nll)$", r"/teacher_\1", name)) != name and theirs in self.last
+            if (theirs := of_teacher(name)) != name and theirs in self.last
         }
         table = Table("validation")
         for heading in columns:
@@ -102,9 +103,25 @@ class Evaluation(Callback):
 
 
 def rows_of(metrics: Mapping[str, float]) -> list[str]:
-    """The rows of the closing table: the first validation set's, then fewer of each other one."""
+    """The rows of the closing table: the first validation set's, then fewer of each other one, and tasks' scores."""
     sets = dict.fromkeys(name.split("/")[1] for name in metrics if name.count("/") == 2 and name.startswith("val/"))
-    return [*TABLE, *(f"val/{one}/{metric}" for one in list(sets)[1:] for metric in ON_EACH_SET)]
+    tasks = [
+        name for name in metrics if name.startswith("tasks/") and "_stderr" not in name and "/teacher_" not in name
+    ]
+    return [*TABLE, *(f"val/{one}/{metric}" for one in list(sets)[1:] for metric in ON_EACH_SET), *tasks]
+
+
+def of_teacher(name: str) -> str:
+    """What the teacher's figure of a student's is called; the same name where there is none.
+
+    Example:
+        >>> of_teacher("val/wiki/student_nll"), of_teacher("tasks/arc_easy/acc")
+        ('val/wiki/teacher_nll', 'tasks/arc_easy/teacher_acc')
+    """
+    if name.startswith("tasks/"):
+        task, _, metric = name.rpartition("/")
+        return f"{task}/teacher_{metric}"
+    return re.sub(r"/student_(perplexity|nll)$", r"/teacher_\1", name)
 
 
 def stopped_early(trainer: L.Trainer) -> str | None:
