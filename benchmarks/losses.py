@@ -33,7 +33,7 @@ from distill.losses.layerwise import Layerwise
 from distill.losses.routing import Routing
 from distill.training.callbacks.curriculum import Curriculum
 from distill.training.module import DistillationModule
-from distill.training.optim import adamw
+from distill.training.optim import configure
 from distill.training.trainer import DistillTrainer
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
@@ -92,8 +92,7 @@ def main() -> int:
     data.setup()
     batches = itertools.cycle(list(data.val_dataloader()))
     module = build(config)
-    groups = [(m, module.learning_rate) for m in (module.student, *module.auxiliaries)]
-    optimizer = adamw(groups, module.weight_decay, module.betas, fused=True)
+    optimizer, _ = configure(module.options, module.student, module.auxiliaries, horizon=100, fused=True)
 
     seconds: dict[str, list[float]] = {name: [] for name in ARMS}
     for round_ in range(WARM + rounds):

@@ -23,7 +23,8 @@ from distill.models.lora import LoRA
 
 FORMAT = 1
 SOURCES = ("model.teacher", "model.student", "model.student_config", "data.tokenizer")  # paths, where they exist
-BINDING = ("model.teacher", "data.tokenizer", "data.packing")  # another one would mean other targets or tokens
+# Another one would mean other targets or tokens, or moments that do not fit.
+BINDING = ("model.teacher", "data.tokenizer", "data.packing", "model.optimizer")
 
 
 def describe(settings: dict[str, Any]) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def check(checkpoint: dict[str, Any], settings: dict[str, Any], state: dict[str,
         UserError: a checkpoint of a newer format, not of this program, or of tensors with other shapes.
     """
     stored = _known(checkpoint, "ckpt_path")
-    theirs: dict[str, Any] = stored["settings"]
+    theirs: dict[str, Any] = {"model.optimizer": "adamw", **stored["settings"]}  # the only one at first
     mine, others = settings | folders(settings), theirs | stored["folders"]
     # The same words for a folder elsewhere are the same model, moved; other words for the same folder are, too.
     different = [key for key in settings if settings[key] != theirs.get(key) and mine[key] != others.get(key)]

@@ -33,6 +33,8 @@ def build(options: ModelOptions, trainer: L.Trainer) -> tuple[PreTrainedModel, T
         UserError: what `build_models`, a component's `build` or the teacher's `open` refuses.
     """
     strategy, components = trainer.strategy, list(options.components.values())
+    if options.optimizer == "muon" and isinstance(strategy, ModelParallelStrategy):
+        raise UserError("model.optimizer: muon needs whole matrices, which fsdp2 shards: set it to adamw, or use ddp")
     check_strategy(strategy)
     torch.set_float32_matmul_precision(options.matmul_precision)
     teacher, student, made = build_models(options, trainer)

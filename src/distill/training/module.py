@@ -270,11 +270,11 @@ class DistillationModule(L.LightningModule):
     # Optimisation
 
     def configure_optimizers(self) -> Any:
-        """Fused AdamW with warm-up and cosine over optimizer steps."""
+        """AdamW or Muon with warm-up and cosine over optimizer steps."""
         assert self.student is not None
         self._horizon = horizon_of(self.trainer)
-        rates = [(self.student, self.options.learning_rate), *((m, self.options.router_rate) for m in self.auxiliaries)]
-        optimizer, schedule = configure(self.options, rates, self._horizon, fused=self.trainer.precision != "16-mixed")
+        fused = self.trainer.precision != "16-mixed"  # whose scaler drops steps itself
+        optimizer, schedule = configure(self.options, self.student, self.auxiliaries, self._horizon, fused)
         self._configured = [{key: group[key] for key in CONFIGURED} for group in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -308,7 +308,7 @@ class DistillationModule(L.LightningModule):
         norm = clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         self.grad_norm = norm.to(self.device)  # that of no gradients is on the CPU
         if self.drop_nonfinite:
-            optimizer.found_inf = (~self.grad_norm.isfinite()).float()  # type: ignore[attr-defined]  # of fused AdamW
+            optimizer.found_inf = (~self.grad_norm.isfinite()).float()  # type: ignore[attr-defined]  # of fused AdamW and Muon
         if self._logs_this_step():
             self.log("train/grad_norm", self.grad_norm)
 

@@ -1,55 +1,78 @@
-"""Fused AdamW in parameter groups, and warm-up then cosine counted in optimizer steps."""
+"""AdamW or Muon in parameter groups, and warm-up then cosine counted in optimizer steps."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
 
 from distill.models.fsdp2 import whole_norm
+from distill.training.muon import MuonAdamW
 from distill.training.options import ModelOptions
 
 CONFIGURED = ("initial_lr", "weight_decay", "betas")  # of a parameter group: what the configuration says
 
 
 def configure(
-    options: ModelOptions, rates: list[tuple[nn.Module, float]], horizon: int, fused: bool
-) -> tuple[AdamW, LambdaLR]:
+    options: ModelOptions, student: PreTrainedModel, auxiliaries: Iterable[nn.Module], horizon: int, fused: bool
+) -> tuple[Optimizer, LambdaLR]:
     """Optimizer and schedule of a run.
 
     Args:
         options: of the run.
-        rates: what learns, and its peak learning rate.
+        student: trained at `learning_rate`.
+        auxiliaries: trained at `router_learning_rate`, by AdamW.
         horizon: optimizer steps of the run.
-        fused: one kernel for all tensors of a group.
+        fused: AdamW in one kernel for all tensors of a group.
     """
     if options.warmup_steps >= horizon:
         rank_zero_warn(f"model.warmup_steps: {options.warmup_steps} outlasts the run of {horizon} steps.")
-    optimizer = adamw(rates, weight_decay=options.weight_decay, betas=options.betas, fused=fused)
+    decay, betas = options.weight_decay, options.betas
+    rates = [(student, options.learning_rate), *((module, options.router_rate) for module in auxiliaries)]
+    if options.optimizer == "muon":
+        matrices = {id(parameter): parameter for parameter in matrices_of(student)}
+        groups = decay_groups(rates, decay, leave_out=matrices)
+        own = {"params": list(matrices.values()), "lr": options.learning_rate, "weight_decay": decay}
+        optimizer: Optimizer = MuonAdamW([own] if matrices else [], groups, betas, fused)
+    else:
+        optimizer = AdamW(decay_groups(rates, decay), betas=betas, fused=fused)
     return optimizer, warmup_cosine(optimizer, options.warmup_steps, horizon, options.min_learning_rate_ratio)
 
 
-def adamw(
-    modules: Iterable[tuple[nn.Module | None, float]],
-    weight_decay: float,
-    betas: tuple[float, float],
-    fused: bool,
-) -> AdamW:
-    """AdamW over `(module, learning rate)` pairs, without decay on norms and biases (all parameters of one axis)."""
+def matrices_of(student: PreTrainedModel) -> list[nn.Parameter]:
+    """The decoder's trainable matrices, stacks of experts too; neither embeddings nor what a head shares with them."""
+    tables = [student.get_input_embeddings(), student.get_output_embeddings()]
+    others = {id(p) for table in tables if isinstance(table, nn.Module) for p in table.parameters()}
+    others |= {id(p) for module in student.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    learning = (p for p in student.get_decoder().parameters() if p.requires_grad and p.ndim > 1)
+    return [parameter for parameter in learning if id(parameter) not in others]
+
+
+def decay_groups(
+    modules: Iterable[tuple[nn.Module, float]], weight_decay: float, leave_out: Collection[int] = ()
+) -> list[dict[str, Any]]:
+    """Parameter groups of `(module, learning rate)` pairs, without decay on norms and biases (those of one axis).
+
+    Args:
+        modules: what learns, and how fast.
+        weight_decay: of the others.
+        leave_out: `id` of parameters that another optimizer moves.
+    """
     groups = []
     for module, rate in modules:
-        trainable = [p for p in module.parameters() if p.requires_grad] if module is not None else []
+        trainable = [p for p in module.parameters() if p.requires_grad and id(p) not in leave_out]
         for decay, parameters in (
             (weight_decay, [p for p in trainable if p.ndim > 1]),
             (0.0, [p for p in trainable if p.ndim <= 1]),
         ):
             if parameters:
                 groups.append({"params": parameters, "lr": rate, "weight_decay": decay})
-    return AdamW(groups, betas=betas, fused=fused)
+    return groups
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, warmup: int, horizon: int, floor: float) -> LambdaLR:

@@ -43,6 +43,7 @@ class ModelOptions:
         attention: options of `attention_loss`; null = off, as for the next two.
         layerwise: options of `layerwise_loss`.
         contrastive: options of `contrastive_loss`.
+        optimizer: adamw; or muon, on the decoder's matrices, with AdamW on embeddings, norms, heads and projections.
         learning_rate: peak, after warm-up.
         router_learning_rate: peak for projections and gate probes; null = `learning_rate`.
         weight_decay: of AdamW; norms and biases have none.
@@ -85,6 +86,7 @@ class ModelOptions:
     attention: AttentionTransfer | None = None
     layerwise: Layerwise | None = None
     contrastive: Contrastive | None = None
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-4
     router_learning_rate: float | None = None
     weight_decay: float = 0.01
@@ -201,7 +203,7 @@ class ModelOptions:
         found: dict[str, Any] = {"teacher": self.teacher, "lm_loss": self.lm_loss}
         found |= {key: width for key in WIDTHS if (width := getattr(self, key)) is not None}
         found |= {key: getattr(self, key) for key in plain} | {"router_learning_rate": self.router_rate}
-        found |= {"warmup_steps": self.warmup_steps, "weight_decay": self.weight_decay}
+        found |= {"optimizer": self.optimizer, "warmup_steps": self.warmup_steps, "weight_decay": self.weight_decay}
         found |= {key: None if (value := getattr(self, key)) is None else asdict(value) for key in ("kd_loss", "lora")}
         found |= {key: self.components[key].settings() if key in self.components else None for key in component_keys()}
         return {f"model.{key}": value for key, value in found.items()}
