@@ -192,6 +192,9 @@ def test_curricula_are_drawn():
 def test_warm_up_that_outlasts_the_run_is_named():
     assert len(schedule_findings(warmup_steps=60, horizon=60, learning_rate=1.0)) == 2
     assert schedule_findings(5, 60, 1e-3) == []
+    (found,) = schedule_findings(5, 60, 1e-4, "muon")
+    assert "is a rate for AdamW" in found
+    assert schedule_findings(5, 60, 3e-3, "muon") == []
 
 
 @pytest.mark.parametrize(

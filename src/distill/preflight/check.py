@@ -55,7 +55,9 @@ from distill.training.callbacks.refused import check_callbacks
 from distill.training.horizon import check_validation_interval, horizon_of
 from distill.training.lightning_internals import callbacks_of
 from distill.training.module import DistillationModule
+from distill.training.muon import flops as update_flops
 from distill.training.objective import Losses
+from distill.training.optim import matrices_of
 
 VALIDATED_ROWS = 8  # of an accelerator; a CPU's only row is the one that is timed
 FAST_S = 0.5  # below it, what a device does once and for all was a good part of the time
@@ -165,7 +167,9 @@ def _attach(this: Check) -> int:
     horizon = _horizon(this)
     if this.plan.weights:
         this.curriculum.on_fit_start(trainer, module)
-    this.findings += schedule_findings(module.options.warmup_steps, horizon, module.options.learning_rate)
+    this.findings += schedule_findings(
+        module.options.warmup_steps, horizon, module.options.learning_rate, module.options.optimizer
+    )
     if trainer.limit_val_batches:
         this.findings += held_out_findings(datamodule)
         if datamodule.train_rows is not None and trainer.check_val_every_n_epoch is not None:
@@ -277,8 +281,11 @@ def _memory(this: Check, teacher: Any, student: Any) -> None:
     extra = sum(p.numel() for name, p in module.named_parameters() if not name.startswith("student."))
 
     def estimate(devices: int, sharded: bool) -> MemoryEstimate:
-        return estimate_memory(student, teacher, parts, extra_parameters=extra, devices=devices, sharded=sharded)
+        return estimate_memory(
+            student, teacher, parts, extra_parameters=extra, one_moment=matrices, devices=devices, sharded=sharded
+        )
 
+    matrices = matrices_of(student) if module.options.optimizer == "muon" else []
     parts = trace(student, teacher, shape)
     ways = {"1 device": (1, False)}
     if plan.devices > 1:
@@ -303,7 +310,11 @@ def _time(this: Check, teacher: Any, student: Any, row_s: float | None, horizon:
     passes = 4 if module.options.gradient_checkpointing else 3  # forward, and twice that backward
     flops = forward_flops(teacher, tokens, data.sequence_length)
     flops += passes * forward_flops(student, tokens, data.sequence_length)
+    updates = [update_flops(p.shape) for p in matrices_of(student)] if module.options.optimizer == "muon" else []
+    flops += sum(updates)
     text = f"Time: {tokens:,} tokens and {flops / 1e12:,.2f} x 10^12 operations a step and device, "
+    if updates:
+        text += f"{sum(updates) / 1e12:,.2f} of them Muon's, "
     elsewhere = plan.accelerated and module.device.type == "cpu"
     if row_s is not None and plan.tflops is None and not elsewhere:
         step_s = row_s * rows

@@ -28,7 +28,7 @@ class MemoryEstimate:
     Args:
         weights: of the student and what learns beside it.
         gradients: of what learns.
-        optimizer: AdamW's two moments.
+        optimizer: its moments.
         buckets: DDP's copy of the gradients.
         teacher: its weights.
         gathered: weights that FSDP2 makes whole while they are used.
@@ -142,6 +142,7 @@ def estimate_memory(
     parts: Parts,
     *,
     extra_parameters: int = 0,
+    one_moment: Iterable[Tensor] = (),
     devices: int = 1,
     sharded: bool = False,
 ) -> MemoryEstimate:
@@ -152,6 +153,7 @@ def estimate_memory(
         teacher: the same; None where targets come from elsewhere.
         parts: of `trace`.
         extra_parameters: projections and probes that learn too.
+        one_moment: parameters of the student whose optimizer keeps one moment rather than two.
         devices: number of data-parallel ranks.
         sharded: whether FSDP2 shards student and teacher over them; otherwise each has all of it, as under DDP.
     """
@@ -169,7 +171,7 @@ def estimate_memory(
     return MemoryEstimate(
         weights=weights // shards,
         gradients=learning // shards,
-        optimizer=2 * learning // shards,
+        optimizer=(2 * learning - size_of(one_moment)) // shards,
         buckets=learning if devices > 1 and not sharded else 0,
         teacher=teacher_bytes // shards,
         gathered=gathered,

@@ -23,7 +23,7 @@ READS = {
 MEMORY = (
     ("student and projections", "weights"),
     ("their gradients", "gradients"),
-    ("AdamW's moments", "optimizer"),
+    ("optimizer's moments", "optimizer"),
     ("gradient buckets", "buckets"),
     ("teacher", "teacher"),
     ("gathered layers and heads", "gathered"),

@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from transformers import PreTrainedModel
 
+from distill.errors import UserError
 from distill.models import load
 from distill.models.attention import settle_attention
 from distill.models.experts import cast_experts
