@@ -9,6 +9,7 @@ class Recorder(Logger):
     def __init__(self, version: str | None = None) -> None:
         super().__init__()
         self.names: set[str] = set()
+        self.rows: list[dict] = []  # with `at`, the step
         self._version = version
 
     @property
@@ -21,6 +22,7 @@ class Recorder(Logger):
 
     def log_metrics(self, metrics, step=None) -> None:
         self.names |= metrics.keys()
+        self.rows.append(dict(metrics) | {"at": step})
 
     def log_hyperparams(self, params, *args, **kwargs) -> None:
         self.params = params

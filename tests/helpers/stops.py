@@ -53,3 +53,11 @@ class AtStart(Callback):
 
     def __init__(self, hook: str):
         setattr(self, hook, lambda trainer, *args: setattr(trainer, "should_stop", True))
+
+
+class Logs(Callback):
+    """Logs as callbacks of users do: a value of each step, and the mean of micro-batches' numbers over the epoch."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        pl_module.log("own/mean", float(batch_idx), on_step=False, on_epoch=True, batch_size=1)
+        pl_module.log("own/each_step", float(trainer.global_step))

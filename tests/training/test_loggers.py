@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from distill.checkpoints.files import earlier_runs, find_last, write
 from distill.errors import UserError
+from distill.training.callbacks.curriculum import Curriculum
 from helpers.recorder import Recorder
 from helpers.training_log import parse
 
@@ -116,6 +117,45 @@ def test_the_default_plots_have_no_curve_of_hyperparameters(distill, config):
     events = EventAccumulator(run).Reload()
     assert "train/loss" in events.Tags()["scalars"]
     assert "hp_metric" not in events.Tags()["scalars"]
+
+
+ONE_AFTER_THE_OTHER = {
+    "kd": [[0.0, 1.0], [0.25, 0.5]],
+    "lm": [[0.5, 0.0], [0.5, 0.4]],
+    "layerwise": [[0.25, 0.2], [0.25, 0.0], [0.75, 0.0], [0.75, 0.3]],
+    "feature": [[0.1, 0.1], [0.5, 0.0]],
+    "attention": 0.0,
+}
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_every_row_of_every_logger_adds_up(distill, config, every):
+    """Components that come and go within an epoch; a stop at a step of which the loggers take nothing."""
+    recorder = logger("helpers.recorder.Recorder")
+    csv_logger = logger("lightning.pytorch.loggers.CSVLogger", save_dir="logs", name="mine")
+    config["model"]["layerwise"] = {}
+    config["curriculum"] = ONE_AFTER_THE_OTHER
+    stop = {"class_path": "helpers.stops.Stop", "init_args": {"hook": "on_train_batch_end", "batch": 20}}
+    config["trainer"] |= {"max_steps": 16, "accumulate_grad_batches": 2, "log_every_n_steps": every}
+    config["trainer"] |= {"logger": [csv_logger, recorder], "callbacks": [stop, {"class_path": "helpers.stops.Logs"}]}
+    cli = distill("fit", config)
+    assert cli.trainer.global_step == 11
+    curriculum = next(callback for callback in cli.trainer.callbacks if isinstance(callback, Curriculum))
+    with Path(cli.trainer.loggers[0].log_dir, "metrics.csv").open() as file:
+        from_csv = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+    for rows, step in ((from_csv, "step"), (cli.trainer.loggers[1].rows, "at")):
+        trained = {int(row[step]): row for row in rows if "train/loss" in row}
+        assert list(trained) == list(range(every - 1, 11, every))
+        for at, row in trained.items():
+            scaled = {name.removesuffix("_scaled"): value for name, value in row.items() if name.endswith("_scaled")}
+            assert sum(scaled.values()) == pytest.approx(row["train/loss"], rel=1e-6)
+            assert {f"train/{name}" for name in cli.model.components} & row.keys() == scaled.keys()
+            weights = curriculum.state_at(at, 16).weights
+            assert ("train/layerwise_loss" in scaled) == (weights["layerwise"] > 0), at
+            assert row["own/each_step"] == at
+        assert len([row for row in rows if "own/each_step" in row]) in (len(trained), len(trained) + 1)  # and the last
+        (mean,) = {row["own/mean"] for row in rows if "own/mean" in row}
+        assert mean == pytest.approx(10.5), "of all 22 micro-batches"
 
 
 @pytest.mark.slow
