@@ -1,17 +1,18 @@
 """FSDP2 by one flag: `--trainer.strategy fsdp2` shards student, auxiliary modules and teacher over all devices.
 
 Every parameter is at rest a shard; a layer is gathered when it runs and freed again, and the loss engine gathers the
-head. Each rank reads the whole models into host memory before it keeps its part, and parameters are gathered in their
-own dtype, fp32 for the student.
+head. One rank reads the models and deals them out (`first_rank.py`). Under a mixed precision layers are gathered in its
+16 bits, and so freed again behind the forward pass: autocast alone would keep a copy of each until the backward pass.
 """
 
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
@@ -53,27 +54,48 @@ def check_strategy(strategy: Strategy) -> None:
         )
 
 
+def policy_of(precision: str) -> MixedPrecisionPolicy:
+    """In what a student's layers are gathered and their gradients reduced, for a trainer's precision.
+
+    Inputs and outputs of layers stay as autocast has them; gradients are summed in fp32.
+    """
+    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+    return MixedPrecisionPolicy(dtype, None if dtype is None else torch.float32, cast_forward_inputs=False)
+
+
 def shard(
-    strategy: ModelParallelStrategy,
+    mesh: DeviceMesh,
     teacher: PreTrainedModel,
     student: PreTrainedModel,
     auxiliaries: Iterable[nn.Module],
+    policy: MixedPrecisionPolicy,
 ) -> None:
-    """Shards both models, and what is trained beside the student."""
-    mesh = strategy.device_mesh["data_parallel"]
+    """Shards both models, and what is trained beside the student.
+
+    Args:
+        mesh: of one dimension.
+        teacher: frozen, gathered in its own dtype.
+        student: gathered as the policy says.
+        auxiliaries: gathered in their own dtype.
+        policy: see `policy_of`.
+    """
     shard_model(teacher, mesh)
-    shard_model(student, mesh)
+    shard_model(student, mesh, policy)
     for auxiliary in auxiliaries:
         if any(True for _ in auxiliary.parameters()):
             fully_shard(auxiliary, mesh=mesh, reshard_after_forward=True)  # used through its forward, as one group
 
 
-def shard_model(model: PreTrainedModel, mesh: DeviceMesh) -> None:
+def shard_model(
+    model: PreTrainedModel,
+    mesh: DeviceMesh,
+    policy: MixedPrecisionPolicy = MixedPrecisionPolicy(),  # noqa: B008
+) -> None:
     """Shards a causal language model, layer by layer, in place; tied weights stay tied."""
     decoder, embedding, head = model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()
     tied = head.weight is embedding.weight
     for layer in decoder_layers(model):
-        fully_shard(layer, mesh=mesh)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(decoder, mesh=mesh, reshard_after_forward=True)
     _CAN_RECORD_REGISTRY[decoder] = decoder.can_record_outputs  # kept by class, and sharding has made it another
     if tied:

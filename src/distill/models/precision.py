@@ -84,10 +84,11 @@ def cast(module: nn.Module, dtype: torch.dtype) -> None:
         dtype: of floating point.
     """
     if not isinstance(module, PreTrainedModel):
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            _cast(tensor, dtype)
         for child in module.children():
-            cast(child, dtype)
+            if any(isinstance(part, PreTrainedModel) for part in child.modules()):
+                cast(child, dtype)
+            else:
+                child.to(dtype)
         return
     kept = [re.escape(key).replace(r"\*", ".*") for key in module._get_dtype_plan(dtype)]
     loaded = module.state_dict(keep_vars=True).items()

@@ -8,21 +8,25 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distill.errors import UserError
+from distill.losses.component import Component
 from distill.models import load
 from distill.models.attention import settle_attention
 from distill.models.experts import cast_experts
-from distill.models.fsdp2 import check_strategy, shard
+from distill.models.first_rank import deal_out, made_by_first_rank
+from distill.models.fsdp2 import check_strategy, policy_of, shard
 from distill.models.head import check_lm_head, lm_head_of
 from distill.models.precision import cast, check_experts, student_dtype, teacher_dtype
 from distill.models.trace import merged
 from distill.teachers.online import OnlineTeacher, quantize
 from distill.teachers.source import Run, TargetSource
 from distill.training.options import ModelOptions
-from distill.training.start import start_student
+from distill.training.start import first_rank_makes, start_student
+
+Checked = tuple[PreTrainedModel, TargetSource, dict[str, Any] | None, list[Component]]
 
 
 def build(options: ModelOptions, trainer: L.Trainer) -> tuple[PreTrainedModel, TargetSource, dict[str, Any] | None]:
@@ -33,12 +37,25 @@ def build(options: ModelOptions, trainer: L.Trainer) -> tuple[PreTrainedModel, T
     Raises:
         UserError: what `build_models`, a component's `build` or the teacher's `open` refuses.
     """
-    strategy, components = trainer.strategy, list(options.components.values())
+    strategy = trainer.strategy
     if options.optimizer == "muon" and isinstance(strategy, ModelParallelStrategy):
         raise UserError("model.optimizer: muon needs whole matrices, which fsdp2 shards: set it to adamw, or use ddp")
     check_strategy(strategy)
     torch.set_float32_matmul_precision(options.matmul_precision)
+    if isinstance(strategy, ModelParallelStrategy):
+        student, source, made = _sharded(options, trainer, strategy)
+    else:
+        student, source, made, _ = _checked(options, trainer)
+    if options.torch_compile:
+        student.get_decoder().compile()
+        source.model.get_decoder().compile()
+    return student, source, made
+
+
+def _checked(options: ModelOptions, trainer: L.Trainer) -> Checked:
+    """Student, opened teacher, how the student was made, and the components, built; all of it whole on this rank."""
     teacher, student, made = build_models(options, trainer)
+    components = list(options.components.values())
     rows = getattr(data_of(trainer), "per_device_batch_size", None)
     for component in components:
         component.build(teacher, student, rows)
@@ -47,12 +64,34 @@ def build(options: ModelOptions, trainer: L.Trainer) -> tuple[PreTrainedModel, T
     source.open(Run(options.kd_loss, needs, lm_head_of(student).vocab_size))
     if options.teacher_quantization is not None:
         quantize(teacher)
-    if isinstance(strategy, ModelParallelStrategy):
-        shard(strategy, teacher, student, [part for part in components if isinstance(part, nn.Module)])
-    if options.torch_compile:
-        student.get_decoder().compile()
-        teacher.get_decoder().compile()
-    return student, source, made
+    if isinstance(trainer.strategy, ModelParallelStrategy):  # else Lightning does, but not with shards
+        cast(student, student_dtype(str(trainer.precision)))
+    return student, source, made, components
+
+
+def _sharded(
+    options: ModelOptions, trainer: L.Trainer, strategy: ModelParallelStrategy
+) -> tuple[PreTrainedModel, TargetSource, dict[str, Any] | None]:
+    """The same with each rank's share of the weights; the first rank alone has read them, where that can be."""
+    mesh, components = strategy.device_mesh["data_parallel"], list(options.components.values())
+    shared = first_rank_makes(options, strategy)
+    weights: list[Tensor] = []
+    if shared:
+        checked, weights = made_by_first_rank(lambda: _checked(options, trainer), _models)
+        for mine, first in zip(components, checked[3], strict=True):
+            vars(mine).update(vars(first))
+    else:
+        checked = _checked(options, trainer)
+    student, teacher = _models(checked)
+    modules = [component for component in components if isinstance(component, nn.Module)]
+    shard(mesh, teacher, student, modules, policy_of(str(trainer.precision)))
+    if shared:
+        deal_out([student, teacher], weights, mesh, strategy.root_device)
+    return checked[:3]
+
+
+def _models(checked: Checked) -> list[PreTrainedModel]:
+    return [checked[0], checked[1].model]
 
 
 def build_models(

@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from transformers import PreTrainedModel
@@ -64,10 +65,19 @@ def start_student(
         return unmade_student(teacher, shape), None
     rows = calibration_rows(data, fit.tokens_for(fitted_neurons(teacher, shape)))
     student, record = cached_student(teacher, shape, rows, fit, place_of(trainer))
-    if trainer.num_nodes > 1:
+    if trainer.num_nodes > 1 and not first_rank_makes(options, trainer.strategy):
         _take_the_first_ones(student, trainer.strategy.root_device)
     rank_zero_info(described(shape, record, len(decoder_layers(teacher))))
     return student, record
+
+
+def first_rank_makes(options: ModelOptions, strategy: Strategy) -> bool:
+    """Whether the first rank alone makes the models, see `models.first_rank`.
+
+    Code that comes with weights is not known to the other ranks, and quantised weights cannot be dealt out.
+    """
+    alone = options.trust_remote_code or options.teacher_quantization is not None
+    return isinstance(strategy, ModelParallelStrategy) and not alone
 
 
 def fit_of(options: ModelOptions) -> StudentFit | None:
