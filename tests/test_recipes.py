@@ -19,13 +19,14 @@ from helpers.tiny import tiny_qwen3_moe
 from helpers.training_log import parse
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-RECIPES = sorted(path.name for path in CONFIGS.glob("*.yaml"))
+RECIPES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
 
 
 def command(name: str) -> list[str]:
     """The arguments of the command that a file opens with."""
     words = shlex.split((CONFIGS / name).read_text().splitlines()[0])
-    assert words[:5] == ["#", "distill", "fit", "--config", f"configs/{name}"]
+    assert words[:4] == ["#", "distill", "fit", "--config"]
+    assert words.count(f"configs/{name}") == 1
     return words[2:]
 
 
@@ -53,6 +54,16 @@ def test_the_command_of_each_recipe_is_understood(elsewhere, name):
     assert cli.model.components[0] == "kd_loss"
     assert cli.datamodule.dataset
     assert {"Curriculum", "TrainDebug", "LossAudit"} <= {type(callback).__name__ for callback in cli.trainer.callbacks}
+
+
+def test_curricula_are_what_they_say(elsewhere):
+    weights = {}
+    for name in ("features_first", "kd_only", "three_phases"):
+        schedules = instantiated(elsewhere, f"curricula/{name}.yaml").config_init["fit"]["curriculum"]
+        weights[name] = [schedules.state_at(step, 100).weights for step in (0, 29, 30, 100)]
+    assert [(w["layerwise"], w["kd"]) for w in weights["features_first"]] == [(1, 0), (1, 0), (0, 1), (0, 1)]
+    assert [(w["layerwise"], w["kd"]) for w in weights["kd_only"]][:3] == [(0, 1)] * 3
+    assert weights["three_phases"] == [Curriculum().state_at(step, 100).weights for step in (0, 29, 30, 100)]
 
 
 def test_the_moe_recipe_has_the_settings_of_the_earlier_trainer(elsewhere):
