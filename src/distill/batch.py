@@ -131,8 +131,8 @@ class Batch:
         units: kind of unit -> count over the whole optimizer step and all ranks in training, over this batch in
             evaluation.
         bytes: of text behind the labels.
-        rows: numbers of the rows in the table that they come from; none for a stream's, and for a row without labels
-            that only keeps the ranks in step.
+        rows: numbers of the rows in the table that they come from, those of training and validation distinct; none for
+            a stream's, and for a row without labels that only keeps the ranks in step.
     """
 
     student: Tokens

@@ -17,6 +17,7 @@ TRAINER = {
     "test": "the same on the test data",
 }
 COMMANDS: dict[str, str] = {
+    "cache": "write a teacher's targets to disk, from which runs learn without it; verify or show them",
     "diagnose": "say in plain words what a run's log and metrics show, and what to fix",
     "evaluate": "measure student, teacher and baselines on the same rows",
     "export": "write a checkpoint's student as a transformers folder",

@@ -10,7 +10,8 @@ from distill.losses.engine.divergence import KDLoss
 from distill.losses.engine.loss import distillation_loss
 from distill.models.head import lm_head_of
 from distill.models.lora import LoRA
-from distill.preflight.live_bytes import LiveBytes, Shape, skeleton, trace_student, trace_teacher
+from distill.models.skeleton import skeleton
+from distill.preflight.live_bytes import LiveBytes, Shape, trace_student, trace_teacher
 from distill.preflight.memory import (
     Parts,
     active_parameters,

@@ -24,7 +24,7 @@ from distill.models.lora import LoRA
 FORMAT = 1
 SOURCES = ("model.teacher", "model.student", "model.student_config", "data.tokenizer")  # paths, where they exist
 # Another one would mean other targets or tokens, or moments that do not fit.
-BINDING = ("model.teacher", "data.tokenizer", "data.packing", "model.optimizer")
+BINDING = ("model.teacher", "model.teacher_cache", "data.tokenizer", "data.packing", "model.optimizer")
 
 
 def describe(settings: dict[str, Any]) -> dict[str, Any]:

@@ -92,6 +92,38 @@ class ProgramTrainer(DistillTrainer):
         if check(self, model, datamodule, plan):
             raise SystemExit(1)
 
+    def cache(
+        self,
+        model: DistillationModule,
+        datamodule: DistillationDataModule,
+        output: str,
+        encoding: str | None = None,
+        dtype: str | None = None,
+        max_rows: int | None = None,
+        shard_rows: int | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Writes the teacher's targets for the rows of a configuration, which `model.teacher: FOLDER` learns from.
+
+        Run again after a kill it goes on, and after data grew it adds the new rows.
+
+        Args:
+            model: its models need not be built.
+            datamodule: not set up.
+            output: folder.
+            encoding: hidden, top_k or sampled; null = what `model.kd_loss` learns from.
+            dtype: that hidden states are rounded to, float32 or bfloat16; null = the teacher's own.
+            max_rows: of training and of validation rows, the first ones, to try it; null = all.
+            shard_rows: rows of a file; null = about 64 MiB.
+            ckpt_path: not looked into; taken so that a run's own config.yaml serves.
+            weights_only: the same.
+        """
+        from distill.commands.cache import build  # which the other commands need not wait for
+        from distill.training.cache_request import Request
+
+        build(self, model, datamodule, Request(output, encoding, dtype, max_rows, shard_rows))
+
 
 class DistillCLI(LightningCLI):
     """LightningCLI of the one module and the one datamodule."""
@@ -104,7 +136,7 @@ class DistillCLI(LightningCLI):
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """The subcommand that is called, or all where none is: each parser takes a third of a second to build."""
         known = {name: LightningCLI.subcommands()[name] for name in ("fit", "validate", "test")}
-        known["check"] = {"model", "datamodule"}
+        known["check"] = known["cache"] = {"model", "datamodule"}
         return {name: skip for name, skip in known.items() if self.called == [name]} or known
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -177,9 +209,9 @@ class DistillCLI(LightningCLI):
             config["enable_progress_bar"] = False
         if config.get("enable_checkpointing") is False:
             extra = [callback for callback in extra if not isinstance(callback, Checkpoint)]
-        if self._get(self.config_init, "ckpt_path") == "last" and self.subcommand != "check":
+        if self._get(self.config_init, "ckpt_path") == "last" and self.subcommand not in ("check", "cache"):
             self._find_last(config.get("default_root_dir") or os.getcwd(), config.get("logger"))
-        if self.subcommand in ("validate", "test") and config.get("logger") is None:
+        if self.subcommand in ("validate", "test", "cache") and config.get("logger") is None:
             config["logger"] = False  # they print what they measure; a run directory would hold nothing else
         here = {"accelerator": "auto", "devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
         checks = self.subcommand == "check"

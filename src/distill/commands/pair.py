@@ -20,6 +20,7 @@ from distill.data.datamodule import DistillationDataModule
 from distill.errors import UserError
 from distill.models import load
 from distill.models.precision import check_experts, student_dtype, teacher_dtype
+from distill.teachers.cache_files import teacher_behind
 from distill.teachers.online import OnlineTeacher, quantize
 
 
@@ -81,6 +82,7 @@ def load_pair(
     source = teacher or ran.get("teacher")
     if source is None:
         raise UserError(f"--teacher: none is given, and {student!r} has no config.yaml of a run beside it; name one")
+    source = teacher_behind(source)
     options: dict[str, Any] = {
         "trust_remote_code": trust_remote_code or ran.get("trust_remote_code", False),
         "allow_pickle": allow_pickle or ran.get("allow_pickle", False),

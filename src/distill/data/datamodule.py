@@ -32,7 +32,9 @@ from distill.data.rows.statistics import (
 )
 from distill.data.rows.table import PackedRows
 from distill.errors import UserError
+from distill.models.digests import tokenizer_digest
 from distill.models.load import load_tokenizer
+from distill.teachers.source import ReadData
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -175,12 +177,14 @@ class DistillationDataModule(L.LightningDataModule):
             tables, held_out = _joined(tables), {name: _joined(own) for name, own in held_out.items()}
         limits = (self.max_sequences, self.max_validation_sequences)
         splits: list[Split] = []
+        numbered = sum(table.num_rows for table in tables)  # rows of other tables go on counting there
         for one in self.validation_sets:
             own = held_out[one.name]
             kept: list[int] | float = one.share or [table.num_rows for table in own]
             sizes = [table.num_rows for table in tables]
             splits.append(split_rows(sizes, kept, self._weights(), self.seed, limits, one.key))
-            self.held_out[one.name] = self._rows(_joined(own or tables)[0], splits[-1].validation)
+            self.held_out[one.name] = self._rows(_joined(own or tables)[0], splits[-1].validation, numbered * bool(own))
+            numbered += sum(table.num_rows for table in own)
         holding = next((place for place, one in enumerate(self.validation_sets) if one.share is not None), 0)
         split = splits[holding]
         self._parts = split.parts
@@ -245,8 +249,13 @@ class DistillationDataModule(L.LightningDataModule):
             return self.validation_split
         return next((one.share for one in self.validation_sets if one.share is not None), 0.0)
 
-    def _rows(self, table: "Dataset", indices: np.ndarray) -> PackedRows:
-        return PackedRows(table, indices, self.sequence_length, self._pad_id(), self.group_by_length)
+    def _rows(self, table: "Dataset", indices: np.ndarray, first: int = 0) -> PackedRows:
+        return PackedRows(table, indices, self.sequence_length, self._pad_id(), self.group_by_length, first)
+
+    def read_data(self) -> ReadData:
+        """What the run reads, as far as a teacher's targets depend on it; after `setup`."""
+        rows = (self.train_rows, tuple(self.held_out.values()))
+        return ReadData(tokenizer_digest(self.tokenizer), self._read(), *rows)
 
     def _pad_id(self) -> int:
         return next(i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if i is not None)

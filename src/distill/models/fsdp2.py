@@ -65,7 +65,7 @@ def policy_of(precision: str) -> MixedPrecisionPolicy:
 
 def shard(
     mesh: DeviceMesh,
-    teacher: PreTrainedModel,
+    teacher: PreTrainedModel | None,
     student: PreTrainedModel,
     auxiliaries: Iterable[nn.Module],
     policy: MixedPrecisionPolicy,
@@ -74,12 +74,13 @@ def shard(
 
     Args:
         mesh: of one dimension.
-        teacher: frozen, gathered in its own dtype.
+        teacher: frozen, gathered in its own dtype; None where there is none here.
         student: gathered as the policy says.
         auxiliaries: gathered in their own dtype.
         policy: see `policy_of`.
     """
-    shard_model(teacher, mesh)
+    if teacher is not None:
+        shard_model(teacher, mesh)
     shard_model(student, mesh, policy)
     for auxiliary in auxiliaries:
         if any(True for _ in auxiliary.parameters()):

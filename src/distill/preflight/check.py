@@ -25,6 +25,7 @@ from distill.data.datamodule import DistillationDataModule
 from distill.data.order.loader import ResumableLoader
 from distill.errors import UserError
 from distill.losses.engine.metrics import DistillationMetrics
+from distill.preflight.cached import cache_findings, traced
 from distill.preflight.checks import (
     Vocabulary,
     alignment_rows,
@@ -37,7 +38,7 @@ from distill.preflight.checks import (
     teacher_findings,
     vocabulary_findings,
 )
-from distill.preflight.memory import MemoryEstimate, estimate_memory, forward_flops, trace
+from distill.preflight.memory import MemoryEstimate, estimate_memory, forward_flops
 from distill.preflight.plan import Plan, device_gib, head_size, matmul_tflops, shape_of, skeletons
 from distill.preflight.quick import counting_nll, single_rows, stopping_findings
 from distill.preflight.tables import (
@@ -50,6 +51,7 @@ from distill.preflight.tables import (
     titled,
     vocabulary_table,
 )
+from distill.teachers.cache_files import is_cache
 from distill.training.callbacks.curriculum import Curriculum
 from distill.training.callbacks.refused import check_callbacks
 from distill.training.horizon import check_validation_interval, horizon_of
@@ -123,6 +125,7 @@ def check(trainer: L.Trainer, module: DistillationModule, datamodule: Distillati
             seconds = _measure(this)
     show(console, curriculum_table(this.curriculum, module.components, horizon))
     show(console, components_table(module, this.curriculum, this.raw))
+    this.findings += cache_findings(console, module, datamodule)
     _memory(this, teacher, student)
     _time(this, teacher, student, seconds, horizon)
     console.print()
@@ -282,11 +285,11 @@ def _memory(this: Check, teacher: Any, student: Any) -> None:
 
     def estimate(devices: int, sharded: bool) -> MemoryEstimate:
         return estimate_memory(
-            student, teacher, parts, extra_parameters=extra, one_moment=matrices, devices=devices, sharded=sharded
+            student, live, parts, extra_parameters=extra, one_moment=matrices, devices=devices, sharded=sharded
         )
 
     matrices = matrices_of(student) if module.options.optimizer == "muon" else []
-    parts = trace(student, teacher, shape)
+    parts, live = traced(module.options, student, teacher, shape)
     ways = {"1 device": (1, False)}
     if plan.devices > 1:
         ways = {f"ddp x {plan.devices}": (plan.devices, False), f"fsdp2 x {plan.devices}": (plan.devices, True)}
@@ -308,7 +311,8 @@ def _time(this: Check, teacher: Any, student: Any, row_s: float | None, horizon:
     rows = data.per_device_batch_size * this.trainer.accumulate_grad_batches
     tokens = rows * data.sequence_length
     passes = 4 if module.options.gradient_checkpointing else 3  # forward, and twice that backward
-    flops = forward_flops(teacher, tokens, data.sequence_length)
+    cached = is_cache(module.options.teacher)
+    flops = 0.0 if cached else forward_flops(teacher, tokens, data.sequence_length)
     flops += passes * forward_flops(student, tokens, data.sequence_length)
     updates = [update_flops(p.shape) for p in matrices_of(student)] if module.options.optimizer == "muon" else []
     flops += sum(updates)

@@ -21,8 +21,6 @@ from torch.utils._pytree import tree_leaves
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -88,21 +86,6 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self.count(leaf)
         return output
-
-
-def skeleton(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A model without memory.
-
-    Args:
-        config: of a causal language model; left alone.
-        dtype: of the weights.
-        trust_remote_code: run model code that comes with the configuration.
-    """
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
-        )
-    return model
 
 
 def trace_student(student: PreTrainedModel, shape: Shape) -> tuple[int, int]:

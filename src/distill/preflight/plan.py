@@ -20,9 +20,10 @@ from distill.models import load
 from distill.models.cut import kept_layers
 from distill.models.layers import decoder_layers
 from distill.models.precision import student_dtype, teacher_dtype
+from distill.models.skeleton import skeleton
 from distill.models.start.shape import Shape as StudentShape
 from distill.models.start.skeleton import unmade_student
-from distill.preflight.live_bytes import Shape, skeleton
+from distill.preflight.live_bytes import Shape
 from distill.training.options import ModelOptions
 
 GIB = 2**30

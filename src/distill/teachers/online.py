@@ -3,7 +3,6 @@
 So nobody else sets its device and dtype: `to` does, once, when the strategy has placed the student.
 """
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -17,8 +16,8 @@ from distill.losses.engine.divergence import KDLoss
 from distill.models.head import lm_head_of
 from distill.models.trace import Needs, Trace, trace
 from distill.teachers.find_experts import set_experts_per_token
-from distill.teachers.source import Run, Taught
-from distill.teachers.targets import DenseTargets, Targets, sampled_targets, top_k_targets
+from distill.teachers.source import Run, Taught, thinned
+from distill.teachers.targets import DenseTargets
 
 
 class OnlineTeacher:
@@ -55,7 +54,7 @@ class OnlineTeacher:
         """One forward pass; see `TargetSource`."""
         seen = self.trace(batch.teacher, needs)
         whole = DenseTargets(batch.teacher.valid(seen.last_BLD), lm_head_of(self.model))
-        return Taught(seen, whole, self._thinned(whole, state, batch) if kd else None)
+        return Taught(seen, whole, thinned(whole, self.kd, self.student_vocab, state, batch) if kd else None)
 
     @torch.no_grad()
     def trace(self, tokens: Tokens, needs: Needs = Needs()) -> Trace:  # noqa: B008  (frozen)
@@ -66,22 +65,6 @@ class OnlineTeacher:
     def hidden(self, tokens: Tokens) -> Tensor:
         """Last hidden state `[B, L, D]` of the tokens, after the final norm, before the head."""
         return self.trace(tokens).last_BLD
-
-    def _thinned(self, whole: DenseTargets, state: CurriculumState, batch: Batch) -> Targets:
-        """The part of the whole distribution that `kd_loss` learns from.
-
-        Draws depend on step and batch alone, not on the random state: so a resumed run repeats them, and a validation
-        between two steps changes nothing.
-        """
-        if self.kd is None or (self.kd.top_k is None and self.kd.samples is None):
-            return whole
-        shared = min(self.student_vocab, whole.head.vocab_size)
-        whole = replace(whole, head=whole.head.whole())
-        if self.kd.top_k is not None:
-            return top_k_targets(whole, self.kd.top_k, state.temperature, shared)
-        assert self.kd.samples is not None
-        generator = torch.Generator(whole.hidden_ND.device).manual_seed(state.step * 1_000_003 + batch.bytes)
-        return sampled_targets(whole, self.kd.samples, state.temperature, shared, generator)
 
 
 def quantize(model: PreTrainedModel) -> None:

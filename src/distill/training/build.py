@@ -3,6 +3,7 @@
 A student that is cut from its teacher needs the teacher whole in memory first.
 """
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -11,6 +12,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from distill.curriculum import Schedule
+from distill.data.datamodule import DistillationDataModule
 from distill.errors import UserError
 from distill.losses.component import Component
 from distill.models import load
@@ -21,8 +24,12 @@ from distill.models.fsdp2 import check_strategy, policy_of, shard
 from distill.models.head import check_lm_head, lm_head_of
 from distill.models.precision import cast, check_experts, student_dtype, teacher_dtype
 from distill.models.trace import merged
+from distill.teachers.cache_files import is_cache, read_manifest
+from distill.teachers.cached import CachedTeacher
 from distill.teachers.online import OnlineTeacher, quantize
-from distill.teachers.source import Run, TargetSource
+from distill.teachers.source import ReadData, Run, TargetSource
+from distill.training.from_cache import absent_teacher, check_options, teacher_to_cut
+from distill.training.lightning_internals import callbacks_of
 from distill.training.options import ModelOptions
 from distill.training.start import first_rank_makes, start_student
 
@@ -48,7 +55,8 @@ def build(options: ModelOptions, trainer: L.Trainer) -> tuple[PreTrainedModel, T
         student, source, made, _ = _checked(options, trainer)
     if options.torch_compile:
         student.get_decoder().compile()
-        source.model.get_decoder().compile()
+        if not is_cache(options.teacher):
+            source.model.get_decoder().compile()
     return student, source, made
 
 
@@ -59,10 +67,14 @@ def _checked(options: ModelOptions, trainer: L.Trainer) -> Checked:
     rows = getattr(data_of(trainer), "per_device_batch_size", None)
     for component in components:
         component.build(teacher, student, rows)
-    source = OnlineTeacher(teacher, options.teacher_top_k)
+    cached = is_cache(options.teacher)
+    source: TargetSource = (
+        CachedTeacher(options.teacher, teacher) if cached else OnlineTeacher(teacher, options.teacher_top_k)
+    )
     needs = merged(component.teacher_needs for component in components)
-    source.open(Run(options.kd_loss, needs, lm_head_of(student).vocab_size))
-    if options.teacher_quantization is not None:
+    vocabulary, temperature = lm_head_of(student).vocab_size, temperature_of(trainer)
+    source.open(Run(options.kd_loss, needs, vocabulary, temperature, read_data(trainer)))
+    if options.teacher_quantization is not None and not cached:
         quantize(teacher)
     if isinstance(trainer.strategy, ModelParallelStrategy):  # else Lightning does, but not with shards
         cast(student, student_dtype(str(trainer.precision)))
@@ -74,7 +86,8 @@ def _sharded(
 ) -> tuple[PreTrainedModel, TargetSource, dict[str, Any] | None]:
     """The same with each rank's share of the weights; the first rank alone has read them, where that can be."""
     mesh, components = strategy.device_mesh["data_parallel"], list(options.components.values())
-    shared = first_rank_makes(options, strategy)
+    cached = is_cache(options.teacher)
+    shared = first_rank_makes(options, strategy) and not cached
     weights: list[Tensor] = []
     if shared:
         checked, weights = made_by_first_rank(lambda: _checked(options, trainer), _models)
@@ -84,7 +97,7 @@ def _sharded(
         checked = _checked(options, trainer)
     student, teacher = _models(checked)
     modules = [component for component in components if isinstance(component, nn.Module)]
-    shard(mesh, teacher, student, modules, policy_of(str(trainer.precision)))
+    shard(mesh, None if cached else teacher, student, modules, policy_of(str(trainer.precision)))
     if shared:
         deal_out([student, teacher], weights, mesh, strategy.root_device)
     return checked[:3]
@@ -99,10 +112,17 @@ def build_models(
 ) -> tuple[PreTrainedModel, PreTrainedModel, dict[str, Any] | None]:
     """Teacher, in the dtype that `teacher_dtype` means, student, in fp32 and train mode, and how that was made.
 
+    A teacher whose targets are cached is on the meta device, in the dtype that the cache was made in.
+
     Raises:
         UserError: a model that cannot be had, read, packed or cut as the options say.
     """
-    data, made = data_of(trainer), None
+    if is_cache(options.teacher):
+        manifest = read_manifest(Path(options.teacher).expanduser())
+        check_options(options, manifest)
+        absent = absent_teacher(options, manifest)
+        student, made = new_student(options, trainer, teacher_to_cut(options) if options.is_cut else absent)
+        return absent, prepared_student(options, trainer, student), made
     target = teacher_dtype(options.teacher_dtype, str(trainer.precision), trainer.strategy.root_device.type)
     on_cpu = trainer.strategy.root_device.type == "cpu"
     loaded: torch.dtype | None = target
@@ -110,30 +130,77 @@ def build_models(
         computes = options.student_layers_by == "importance" or (options.student_fit is not None and on_cpu)
         loaded = torch.float32 if computes else None
     teacher = load.load_model(options.teacher, dtype=loaded, key="model.teacher", **options.load_options)
+    student, made = new_student(options, trainer, teacher)
+    return prepared_teacher(options, trainer, teacher, target), prepared_student(options, trainer, student), made
+
+
+def new_student(
+    options: ModelOptions, trainer: L.Trainer, teacher: PreTrainedModel
+) -> tuple[PreTrainedModel, dict[str, Any] | None]:
+    """The student as its source has it, and how it was made, None where it was not.
+
+    Args:
+        options: of the run.
+        trainer: of the run.
+        teacher: whole where the student is cut from it; else its shapes are enough.
+    """
     if options.is_cut:
-        student, made = start_student(teacher, options, trainer, data)
-    else:
-        named: dict[str, Any] = {"student": options.student, "student_config": options.student_config}
-        student = load.build_student(teacher, options.teacher, **(named | options.load_options))
-    check_experts(teacher, target)
+        return start_student(teacher, options, trainer, data_of(trainer))
+    named: dict[str, Any] = {"student": options.student, "student_config": options.student_config}
+    return load.build_student(teacher, options.teacher, **(named | options.load_options)), None
+
+
+def prepared_teacher(
+    options: ModelOptions, trainer: L.Trainer, teacher: PreTrainedModel, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The same in a dtype, once it is sure that its head, experts and packed rows are read rightly.
+
+    Raises:
+        UserError: says which would not be.
+    """
+    check_experts(teacher, dtype)
+    cast(teacher, dtype)
+    check_lm_head(teacher, lm_head_of(teacher))
+    settle_attention(teacher, options.attn_implementation, trainer.strategy.root_device.type, "model.teacher")
+    if getattr(data_of(trainer), "packing", False):
+        load.check_packing(teacher, "model.teacher")
+    return teacher
+
+
+def prepared_student(options: ModelOptions, trainer: L.Trainer, student: PreTrainedModel) -> PreTrainedModel:
+    """The same in fp32 and train mode, with adapters where they are asked for.
+
+    Raises:
+        UserError: its head, experts or packed rows would be misread.
+    """
     check_experts(student, student_dtype(str(trainer.precision)))
     cast(student, torch.float32)
-    cast(teacher, target)
-    check_lm_head(teacher, lm_head_of(teacher))
     check_lm_head(student, lm_head_of(student))
     device = trainer.strategy.root_device.type
-    settle_attention(teacher, options.attn_implementation, device, "model.teacher")
     settle_attention(student, options.attn_implementation, device, "model.student")
     if device != "cpu":
         cast_experts(student)
-    if getattr(data, "packing", False):
-        load.check_packing(teacher, "model.teacher")
+    if getattr(data_of(trainer), "packing", False):
         load.check_packing(student, "model.student")
     if options.lora is not None:
         options.lora.add_to(student)
     if options.gradient_checkpointing:
         student.activation_checkpointing_enable()
-    return teacher, student.train(), made
+    return student.train()
+
+
+def temperature_of(trainer: L.Trainer) -> Schedule:
+    """Of the KD softmaxes over the whole run: the curriculum's, 1 without one."""
+    from distill.training.callbacks.curriculum import Curriculum  # which knows the module, which knows this
+
+    found = callbacks_of(trainer, Curriculum)
+    return found[0].temperature if found else 1.0
+
+
+def read_data(trainer: L.Trainer) -> ReadData | None:
+    """What the trainer's datamodule reads, None of another's."""
+    data = data_of(trainer)
+    return data.read_data() if isinstance(data, DistillationDataModule) and data.tokenizer is not None else None
 
 
 def data_of(trainer: L.Trainer) -> L.LightningDataModule | None:

@@ -1,11 +1,13 @@
 """What a checkpoint says of a run: the entry `distill`, by which it is refused, exported and loaded later."""
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 from transformers import PreTrainedModel
 
 from distill.checkpoints import contents
+from distill.teachers.cache_files import is_cache, read_manifest
 from distill.training.build import data_of
 from distill.training.options import ModelOptions
 
@@ -18,6 +20,8 @@ def settings(options: ModelOptions, trainer: L.Trainer) -> dict[str, Any]:
         "data.tokenizer": tokenizer_source(options, trainer),
         "data.packing": getattr(data_of(trainer), "packing", None),
     }
+    if is_cache(options.teacher):
+        first["model.teacher_cache"] = read_manifest(Path(options.teacher).expanduser()).identity
     return first | chosen
 
 

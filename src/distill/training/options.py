@@ -24,7 +24,8 @@ class ModelOptions:
     """What a run distils, into what, with which losses and how: each field is a key of `model:`.
 
     Args:
-        teacher: hub id, folder, GGUF file or `package://name/file` of a causal language model.
+        teacher: hub id, folder, GGUF file or `package://name/file` of a causal language model; or the folder of a
+            cache of its targets, see `distill cache`.
         student: the same for the student's weights; or leave it out and give one of the next two.
         student_layers: cut the student from the teacher's layers: a number of them or a list of indices.
         student_layers_by: which a number of layers are: evenly spaced ones, or those that change their input most on

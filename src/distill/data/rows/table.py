@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from distill.batch import IGNORE, Batch, Tokens
+from distill.data.rows.digests import row_digests
 
 
 @dataclass(frozen=True)
@@ -47,18 +48,34 @@ class PackedRows(torch.utils.data.Dataset):
         sequence_length: L.
         pad_id: token that pads.
         shortest: pad batches to their longest row instead of L.
+        first_number: what batches call the table's first row, so that rows of two tables have numbers of their own.
     """
 
     def __init__(
-        self, table: "Dataset", indices: np.ndarray, sequence_length: int, pad_id: int, shortest: bool = False
+        self,
+        table: "Dataset",
+        indices: np.ndarray,
+        sequence_length: int,
+        pad_id: int,
+        shortest: bool = False,
+        first_number: int = 0,
     ) -> None:
         self.table = table.with_format("numpy")
         self.indices, self.sequence_length, self.pad_id, self.shortest = indices, sequence_length, pad_id, shortest
+        self.first_number = first_number
         self.units_R = {name: self.column(name) for name in ("tokens", "queries")}
 
     def column(self, name: str) -> np.ndarray:
         """A column of numbers, int64 [R]."""
         return np.asarray(self.table[name][:])[self.indices]
+
+    def numbers_R(self) -> np.ndarray:
+        """What batches call these rows, int64 [R]."""
+        return self.indices.astype(np.int64) + self.first_number
+
+    def digests_R2(self) -> np.ndarray:
+        """Digests by which the rows are known again, uint64 [R, 2]."""
+        return row_digests(self.table, self.indices)
 
     def lengths_R(self) -> np.ndarray:
         """Tokens of each row, int64 [R]."""
@@ -85,7 +102,7 @@ class PackedRows(torch.utils.data.Dataset):
         length = self.sequence_length
         if self.shortest:
             length = shape_of(rows, length)
-        numbers = tuple(int(self.indices[index]) for index in micro_batch.indices)
+        numbers = tuple(int(self.indices[index]) + self.first_number for index in micro_batch.indices)
         return collate(rows, length, self.pad_id, micro_batch.units, numbers)
 
 
