@@ -120,9 +120,11 @@ def test_tokens(tmp_path, tokenizer, kind):
     assert len({text for text, _ in expected}) == 2
 
 
-def test_a_null_that_a_json_file_has_stays(tmp_path, chat_tokenizer):
-    rows = [{"messages": [ROWS[0]["messages"][0], {"role": "assistant", "tool_calls": [call("search", query=None)]}]}]
-    [(_, learnt)] = shown(chat_tokenizer, write(tmp_path, "jsonl", rows), Chat(WHOLE))
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "json.parquet"])
+def test_a_null_that_json_has_stays(tmp_path, chat_tokenizer, kind):
+    said = [call("search", query=None), call("search", query={"a": 1})]  # of two types, so that a table has JSON there
+    rows = [{"messages": [ROWS[0]["messages"][0], {"role": "assistant", "tool_calls": said}]}]
+    [(_, learnt)] = shown(chat_tokenizer, write(tmp_path, kind, rows), Chat(WHOLE))
     assert '"arguments": {"query": null}' in learnt
 
 

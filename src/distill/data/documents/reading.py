@@ -227,8 +227,8 @@ def _arrow(path: Path, columns: list[str] | None) -> Iterator[Row]:
 def _plain(batch: Any) -> Iterator[Row]:
     kinds = {field.name: field.type for field in batch.schema if "json" in str(field.type)}
     for row in batch.to_pylist(maps_as_pydicts="strict"):
-        plain = {name: _from_json(value, kinds[name]) if name in kinds else value for name, value in row.items()}
-        yield {name: without_nulls(value) for name, value in plain.items()}
+        plain = {name: without_nulls(value) for name, value in row.items()}
+        yield plain | {name: _from_json(plain[name], kind) for name, kind in kinds.items()}  # whose nulls were written
 
 
 def _from_json(value: Any, kind: Any) -> Any:
@@ -238,7 +238,7 @@ def _from_json(value: Any, kind: Any) -> Any:
     if value is None or isinstance(kind, pyarrow.JsonType):
         return value and json.loads(value)
     if isinstance(value, dict) and pyarrow.types.is_struct(kind):
-        return {field.name: _from_json(value[field.name], field.type) for field in kind}
+        return {name: _from_json(inner, kind.field(name).type) for name, inner in value.items()}
     if isinstance(value, list) and hasattr(kind, "value_type"):
         return [_from_json(item, kind.value_type) for item in value]
     return value
