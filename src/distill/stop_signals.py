@@ -5,6 +5,8 @@ round late, so that no rank waits for another or for its device. A run therefore
 could, and it takes a second SIGINT to stop at once.
 """
 
+import atexit
+import multiprocessing
 import signal
 import threading
 from typing import Any
@@ -19,6 +21,21 @@ def leave_signals_to_the_run(worker: int = 0) -> None:
     """For data workers: a signal to the whole process group must not kill them before the run has saved itself."""
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers_at_exit() -> None:
+    """Python ends its daemons by SIGTERM, which data workers ignore, and would wait for them without end.
+
+    To be called after workers were started: what is registered last runs first, before torch waits for each of them.
+    """
+    atexit.unregister(_end_workers)
+    atexit.register(_end_workers)
+
+
+def _end_workers() -> None:
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 class StopSignals:

@@ -14,7 +14,7 @@ from distill.data.order.sampler import EveryRowOnce, StepSampler
 from distill.data.rows.packing import fingerprint
 from distill.data.rows.table import PackedRows, as_is
 from distill.errors import UserError
-from distill.stop_signals import leave_signals_to_the_run
+from distill.stop_signals import end_workers_at_exit, leave_signals_to_the_run
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,28 @@ class TrainingLoader(DataLoader):
         self.trainer, self.layout = trainer, layout
         self._start = 0
 
+    def read(self) -> Iterator[Any]:
+        """The batches; an error of a worker is told in its own words, without torch's.
+
+        Raises:
+            UserError: a document cannot be read.
+        """
+        batches = super().__iter__()
+        if self.num_workers:
+            end_workers_at_exit()
+        told = None
+        while told is None:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except UserError as error:
+                told = str(error).rpartition("UserError: ")[2].strip()
+            else:
+                yield batch
+        del batches  # which, like the error of the worker, would keep the workers alive as long as this one
+        raise UserError(told)
+
     def window(self) -> tuple[int, float]:
         """Micro-batches of an optimizer step, and of an epoch at most."""
         if self.trainer is None:
@@ -130,7 +152,7 @@ class ResumableLoader(TrainingLoader):
         # A generator function: Lightning calls iter() before it sets the epoch and counts the batches.
         self.steps.accumulate, self.steps.limit = self.window()
         self.steps.start, self._start = self._start, 0
-        yield from super().__iter__()
+        yield from self.read()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at the stored place.

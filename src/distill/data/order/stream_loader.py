@@ -47,7 +47,7 @@ class StreamLoader(TrainingLoader):
         self._places.clear()
         self._places.append((number, self.place))
         turn, readers = self.place["turn"], list(self.place["readers"])
-        stream = super().__iter__()
+        stream = self.read()
         while number < limit:
             batches = []
             for _ in range(int(min(accumulate, limit - number))):
