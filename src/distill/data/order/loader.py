@@ -100,8 +100,7 @@ class TrainingLoader(DataLoader):
                 told = str(error).rpartition("UserError: ")[2].strip()
             else:
                 yield batch
-        del batches  # which, like the error of the worker, would keep the workers alive as long as this one
-        raise UserError(told)
+        raise UserError(told)  # not within the handler: torch's own text would come with it
 
     def window(self) -> tuple[int, float]:
         """Micro-batches of an optimizer step, and of an epoch at most."""
