@@ -1,5 +1,6 @@
 """Layerwise matching against plain loops in float64, and the rules of the contract."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from distill.errors import UserError
 from distill.losses.layerwise import Layerwise
+from distill.models.cut import cut_layers
 from distill.models.trace import Trace, trace
 from helpers import tiny
 from helpers.packed import make_batch, separate
@@ -153,7 +155,7 @@ def test_a_student_that_knows_is_found_out():
     """The control's counterpart: from states that determine the target the projection learns it."""
     batch = make_batch([[16]] * 16, 16)
     teacher = tiny.tiny_llama()
-    loss = built(teacher, tiny.tiny_llama(), teacher_layers=[1], student_layers=[0])
+    loss = built(teacher, tiny.tiny_llama(), teacher_layers=[1], student_layers=[0], projection="linear")
     with torch.no_grad():
         taught = trace(teacher, batch.student, loss.teacher_needs)
     optimizer = torch.optim.Adam(loss.parameters(), lr=3e-2)
@@ -261,3 +263,39 @@ def test_layers_are_paired_at_equal_depth_fractions_or_as_given(depths, options,
 def test_what_cannot_be_meant_is_refused(options, message):
     with pytest.raises(UserError, match=message):
         built(tiny.tiny_llama(), tiny.tiny_llama(**STUDENT), **options)
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_a_cut_student_is_compared_as_it_is(distance):
+    batch = make_batch([[5, 4], [9], [2, 1, 3]], 10, [(0, 2), (1, 5)])
+    teacher = tiny.tiny_llama(num_hidden_layers=4)
+    loss = built(teacher, cut_layers(teacher, 2), distance=distance, coefficient=0.5)
+    assert not list(loss.parameters())
+    assert loss.settings()["projection"] == "none"
+    ours, theirs = random_states(batch, [0, 1], 16, 0), random_states(batch, [1, 3], 16, 1)
+    expected = 0.0
+    for own, other in loss.pairs:
+        for flat in batch.student.positions.tolist():
+            row, i = divmod(flat, batch.student.input_ids.shape[1])
+            if batch.student.position_ids[row, i]:
+                x, t = ours.hidden[own][row, i].tolist(), theirs.hidden[other][row, i].tolist()
+                mean = sum(t) / 16
+                if distance == "mse":
+                    spread = sum((b - mean) ** 2 for b in t)
+                    expected += sum((a - b) ** 2 for a, b in zip(x, t, strict=True)) / spread
+                else:
+                    expected += 1 - sum(a * b for a, b in zip(x, t, strict=True)) / math.hypot(*x) / math.hypot(*t)
+    assert loss(ours, theirs, batch).item() == pytest.approx(expected / 2 * 0.5, rel=1e-10)
+
+
+def test_a_projection_is_kept_where_widths_or_embeddings_differ_and_where_it_is_asked_for():
+    teacher = tiny.tiny_llama(num_hidden_layers=4)
+    cut, other = cut_layers(teacher, 2), tiny.tiny_llama()
+    other.model.embed_tokens.weight.data.mul_(1.1)
+    assert len(built(teacher, other).projections) == 2
+    assert len(built(teacher, tiny.tiny_llama(**STUDENT)).projections) > 0
+    assert len(built(teacher, cut, projection="linear").projections) == 2
+    assert len(built(teacher, other, projection="none").projections) == 0
+    assert len(built(copy.deepcopy(teacher).bfloat16(), cut).projections) == 0
+    with pytest.raises(UserError, match=r"model.layerwise.projection: none between states of 24 and 16"):
+        built(teacher, tiny.tiny_llama(**STUDENT), projection="none")

@@ -41,6 +41,7 @@ from distill.preflight.checks import (
 from distill.preflight.memory import MemoryEstimate, estimate_memory, forward_flops
 from distill.preflight.plan import Plan, device_gib, head_size, matmul_tflops, shape_of, skeletons
 from distill.preflight.quick import counting_nll, single_rows, stopping_findings
+from distill.preflight.starting import show_start
 from distill.preflight.tables import (
     GIB,
     alignment_table,
@@ -127,7 +128,9 @@ def check(trainer: L.Trainer, module: DistillationModule, datamodule: Distillati
     show(console, components_table(module, this.curriculum, this.raw))
     this.findings += cache_findings(console, module, datamodule)
     _memory(this, teacher, student)
-    _time(this, teacher, student, seconds, horizon)
+    run_s = _time(this, teacher, student, seconds, horizon)
+    if this.teacher is not None and rows is not None:
+        show_start(console, module, trainer, datamodule, this.teacher, run_s)
     console.print()
     for finding in this.findings:
         console.print(f"Suspicious: {finding}", soft_wrap=True, markup=False)
@@ -160,6 +163,7 @@ def _attach(this: Check) -> int:
         this.console.print(f"Without data: {error}", soft_wrap=True, markup=False)
         return max(1, trainer.max_steps)
     if this.plan.weights:
+        trainer.students = "read"  # type: ignore[attr-defined]  # made ones; the others stay as they are cut
         module.configure_model()
         assert module.teacher is not None
         module.teacher.to(trainer.strategy.root_device)
@@ -305,8 +309,8 @@ def _memory(this: Check, teacher: Any, student: Any) -> None:
         )
 
 
-def _time(this: Check, teacher: Any, student: Any, row_s: float | None, horizon: int) -> None:
-    """What a step costs: measured on one row where there is one, else operations at the rate of a device."""
+def _time(this: Check, teacher: Any, student: Any, row_s: float | None, horizon: int) -> float:
+    """What a step costs, measured on a row or by operations at the rate of a device; returns all steps' seconds."""
     data, module, plan = this.datamodule, this.module, this.plan
     rows = data.per_device_batch_size * this.trainer.accumulate_grad_batches
     tokens = rows * data.sequence_length
@@ -342,3 +346,4 @@ def _time(this: Check, teacher: Any, student: Any, row_s: float | None, horizon:
             f"of {data.sequence_length}; the run reads them {epochs:,.2f} times.",
             soft_wrap=True,
         )
+    return total_s

@@ -24,7 +24,7 @@ from distill.models.blocks import moe_layers
 from distill.models.cut import kept_layers, most_important_layers
 from distill.models.layers import decoder_layers
 from distill.models.precision import product_dtype
-from distill.models.start.cache import RECORD, cached_student
+from distill.models.start.cache import RECORD, cached_student, made_before
 from distill.models.start.ffn import read_block
 from distill.models.start.make import Place
 from distill.models.start.shape import Shape, StudentFit
@@ -40,7 +40,8 @@ def start_student(
 ) -> tuple[PreTrainedModel, dict[str, Any] | None]:
     """The student that options cut from a teacher, in fp32 and train mode, and how it was made.
 
-    Nothing is made where a checkpoint will fill the student, or where `trainer.makes_students` is false.
+    Nothing is made where a checkpoint will fill the student (`trainer.students` is blank), or where only what was made
+    before is asked for (read).
 
     Args:
         teacher: in eval mode.
@@ -56,7 +57,8 @@ def start_student(
     """
     shape = shape_of(teacher, options, data)
     fit = fit_of(options)
-    if fit is None or not getattr(trainer, "makes_students", True):
+    students = getattr(trainer, "students", "made")
+    if fit is None or students == "blank":
         return unmade_student(teacher, shape), None
     if data is None:
         if any(getattr(options, key) is not None for key in WIDTHS):
@@ -64,7 +66,10 @@ def start_student(
         rank_zero_warn("model.student_fit: no datamodule gives training rows, so the student starts as it is cut")
         return unmade_student(teacher, shape), None
     rows = calibration_rows(data, fit.tokens_for(fitted_neurons(teacher, shape)))
-    student, record = cached_student(teacher, shape, rows, fit, place_of(trainer))
+    place = place_of(trainer)
+    if students == "read" and made_before(teacher, shape, rows, fit, place) is None:
+        return unmade_student(teacher, shape), None
+    student, record = cached_student(teacher, shape, rows, fit, place)
     if trainer.num_nodes > 1 and not first_rank_makes(options, trainer.strategy):
         _take_the_first_ones(student, trainer.strategy.root_device)
     rank_zero_info(described(shape, record, len(decoder_layers(teacher))))
@@ -150,18 +155,23 @@ def place_of(trainer: L.Trainer) -> Place:
     return Place(device, half)
 
 
-def described(shape: Shape, record: dict[str, Any], depth: int) -> str:
-    """What the student was made of, in a line."""
+def parts_of(shape: Shape, depth: int) -> str:
+    """What a student is made of, in words."""
     parts = f"{len(shape.layers)} of {depth} layers" if len(shape.layers) < depth else f"all {depth} layers"
     if shape.intermediate_size is not None:
         parts += f", FFNs of {shape.intermediate_size:,} of the teacher's neurons"
     if shape.hidden_size is not None:
         parts += f", a stream of {shape.hidden_size:,} principal axes"
+    return parts
+
+
+def described(shape: Shape, record: dict[str, Any], depth: int) -> str:
+    """What the student was made of, in a line."""
     errors = [layer["after"] for layer in record["layers"]]
     how = "read from the cache, made in" if record["cached"] else "made in"
     return (
-        f"Student: {parts}, {how} {record['seconds']:,.0f} s on {record['tokens']:,} tokens; the layers leave "
-        f"{min(errors):.3f} to {max(errors):.3f} of their targets unexplained."
+        f"Student: {parts_of(shape, depth)}, {how} {record['seconds']:,.0f} s on {record['tokens']:,} tokens; the "
+        f"layers leave {min(errors):.3f} to {max(errors):.3f} of their targets unexplained."
     )
 
 

@@ -9,7 +9,7 @@ import platform
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -46,7 +46,8 @@ class DistillTrainer(L.Trainer):
             )
         self.asked: dict[str, Any] = kwargs  # for `check`, which plans for more devices than it runs on
         self.fresh_directory: str | None = None  # where nothing was before this trainer
-        self.makes_students = True  # false where a checkpoint fills them, and for `check`
+        # Students that are cut: made, or read where they were made before, or blank, since a checkpoint fills them.
+        self.students: Literal["made", "read", "blank"] = "made"
         if logger is None or logger is True:
             root = kwargs.get("default_root_dir") or os.getcwd()
             csv = CSVLogger(root, name="lightning_logs")
@@ -82,7 +83,7 @@ class DistillTrainer(L.Trainer):
 
     def _run(self, model: L.LightningModule, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:
         """Lightning's own, which all its commands end in; models are configured before it looks at the checkpoint."""
-        self.makes_students = ckpt_path is None
+        self.students = "made" if ckpt_path is None else "blank"
         return super()._run(model, ckpt_path=ckpt_path, weights_only=weights_only)
 
     @property

@@ -67,7 +67,7 @@ def build(config: Any, teacher: PreTrainedModel) -> PreTrainedModel:
 
 
 def unmade_student(teacher: PreTrainedModel, shape: Shape) -> PreTrainedModel:
-    """A student of a shape before it is made, its weights random where they are not a plain cut's.
+    """A student of a shape before it is made: what is copied is copied, the rest random.
 
     For what only needs to know the model: a checkpoint that fills it, an estimate without memory.
 
@@ -80,8 +80,10 @@ def unmade_student(teacher: PreTrainedModel, shape: Shape) -> PreTrainedModel:
     """
     if shape.intermediate_size is None and shape.hidden_size is None:
         return cut_layers(teacher, shape.layers)
-    config = student_config(teacher, shape.layers, shape.intermediate_size, shape.hidden_size)
-    return build(config, teacher).requires_grad_(True).train()
+    student = build(student_config(teacher, shape.layers, shape.intermediate_size, shape.hidden_size), teacher)
+    if shape.hidden_size is None and teacher.device.type != "meta":
+        copy_shared(student, teacher, shape.layers)
+    return student.requires_grad_(True).train()
 
 
 @torch.no_grad()

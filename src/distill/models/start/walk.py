@@ -44,6 +44,11 @@ class Rows:
         counted_RL[:, 0] = False
         return Rows(ids_RL, counted_RL)
 
+    def first(self, count: int) -> "Rows":
+        """The first rows."""
+        positions = None if self.positions_RL is None else self.positions_RL[:count]
+        return Rows(self.ids_RL[:count], self.counted_RL[:count], positions)
+
     def parts(self) -> Iterator[slice]:
         """Slices of rows of about PART_TOKENS."""
         rows, length = self.ids_RL.shape
