@@ -105,8 +105,10 @@ class Tokens:
         """States at the valid tokens, (B, L, D) -> (N, D)."""
         return states_BLD.flatten(0, 1).index_select(0, self.positions)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Tokens":
-        """The same on another device."""
+    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> "Tokens":
+        """The same on another device; see `Batch.to`."""
+        if non_blocking is None:
+            non_blocking = torch.device(device).type == "cuda"
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Tokens":
@@ -141,8 +143,14 @@ class Batch:
     bytes: int
     rows: tuple[int, ...] = ()
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """The same on another device."""
+    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> "Batch":
+        """The same on another device.
+
+        Args:
+            device: where to.
+            non_blocking: whether the host goes on meanwhile; None = on the way to a CUDA device, for Lightning asks for
+                it for bare tensors alone, and would wait for each of a batch's.
+        """
         return self._with(self.student.to(device, non_blocking), lambda: self.teacher.to(device, non_blocking))
 
     def pin_memory(self) -> "Batch":

@@ -13,11 +13,13 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.utils._python_dispatch import _disable_current_modes
 
 from distill.commands.quiet import quieten
 from distill.losses.attention import AttentionTransfer
 from distill.losses.contrastive import Contrastive
 from distill.losses.engine import fused
+from distill.losses.engine.metrics import DistillationMetrics
 from distill.losses.layerwise import Layerwise
 from distill.losses.routing import Routing
 from distill.models.head import widens
@@ -48,7 +50,7 @@ class OnCuda(SingleDeviceStrategy):
     """Runs on the fake device with an accelerator that asks no driver."""
 
     def model_to_device(self):
-        self.lightning_module.metrics.to(self.root_device)  # the rest is there
+        pass  # they are there
 
     def teardown(self):
         pass  # and stay
@@ -103,6 +105,12 @@ def run(assets, tmp_path, monkeypatch):
     monkeypatch.setattr(DistillationModule, "log", lambda self, *args, **kwargs: None)
     monkeypatch.setattr(DistillationModule, "log_dict", lambda self, *args, **kwargs: None)
 
+    def metrics():  # torchmetrics copies its states, which fakes do not have
+        with _disable_current_modes():
+            return DistillationMetrics()
+
+    monkeypatch.setattr("distill.training.validation_sums.DistillationMetrics", metrics)
+
     def backward(self, loss):
         for parameter in self.parameters():
             if parameter.requires_grad:
@@ -114,6 +122,7 @@ def run(assets, tmp_path, monkeypatch):
         module = DistillationModule(
             str(assets / "llama"),
             student_layers=2,
+            student_fit=None,
             routing=Routing(teacher_layers=2, tau=1.0, num_experts=4),
             attention=AttentionTransfer(),
             layerwise=Layerwise(),
@@ -126,7 +135,7 @@ def run(assets, tmp_path, monkeypatch):
             log_every_n_steps=2, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
             num_sanity_val_steps=0, gradient_clip_val=1.0, barebones=False, default_root_dir=tmp_path,
         )  # fmt: skip
-        student, source = build(module.options, trainer)
+        student, source, made = build(module.options, trainer)
         data = Batches()
         widens.cache_clear()
         with fake_cuda(ALLOWED) as (mode, launches):
@@ -134,7 +143,7 @@ def run(assets, tmp_path, monkeypatch):
             for part in (student, source.model, *(a for a in module.auxiliaries)):
                 onto(part, mode)
             module.training_step = counting(module.training_step, launches, steps := [])
-            monkeypatch.setattr(training_module, "build", lambda options, trainer: (student, source))
+            monkeypatch.setattr(training_module, "build", lambda options, trainer: (student, source, made))
             trainer.fit(module, data)
         widens.cache_clear()
         assert trainer.global_step == STEPS
@@ -147,9 +156,9 @@ def counting(step, launches, steps):
     """Notes what each training step starts with, and launches, its logging included: copies, kernels."""
 
     def counted(*args):
-        before = len(launches.copies), launches.kernels.total()
+        before = len(launches.copies), launches.blocking, launches.kernels.total()
         out = step(*args)
-        steps.append((before[0], len(launches.copies) - before[0], launches.kernels.total() - before[1]))
+        steps.append((*before[:2], len(launches.copies) - before[0], launches.kernels.total() - before[2]))
         return out
 
     return counted
@@ -161,11 +170,12 @@ def counting(step, launches, steps):
 )
 def test_a_fit_copies_batches_and_figures_alone_and_waits_for_nothing_of_ours(run, precision):
     steps, launches, of_a_batch = run(precision)
-    starts, logged, kernels = zip(*steps, strict=True)
+    starts, waited, logged, kernels = zip(*steps, strict=True)
     assert logged == (0, 1, 0, 1)
     assert max(kernels) <= KERNELS[precision]
     audited = 1  # a copy that nobody waits for
-    assert len(launches.copies) - (starts[0] - of_a_batch) == (STEPS + 1) * (of_a_batch + audited) + sum(logged)
+    assert starts[-1] - starts[0] == (STEPS - 1) * (of_a_batch + audited) + sum(logged[:-1])
+    assert waited[-1] - waited[0] == sum(logged[:-1])  # batches are on their way while the host goes on
     lengths = {"has_len_all_ranks": 6}  # before the first step
     overflow = {"_maybe_opt_step": STEPS} if precision == "16-mixed" else {}
     assert dict(launches.waits) == lengths | overflow | {"compute": launches.waits["compute"]}

@@ -30,7 +30,8 @@ VIEWS = {
 
 
 class Launches(TorchDispatchMode):
-    """Counts what runs on the fake device: `kernels` by name, and `copies` from or to the host by shape.
+    """Counts what runs on the fake device: `kernels` by name, and `copies` from or to the host by shape, `blocking` how
+    many of them the host waits for.
 
     Args:
         allowed: function -> what its reading of a value from the device gives it; `waits` counts these by function.
@@ -42,6 +43,7 @@ class Launches(TorchDispatchMode):
         self.kernels: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
         self.copies: list[tuple[int, ...]] = []
+        self.blocking = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
@@ -59,6 +61,8 @@ class Launches(TorchDispatchMode):
         devices = {x.device.type for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)}
         if devices == {"cpu", "cuda"} and name in ("_to_copy", "copy_"):
             self.copies.append(tuple(args[0].shape))
+            asked = (kwargs or {}).get("non_blocking", args[2] if name == "copy_" and len(args) > 2 else False)
+            self.blocking += not asked
         if "cuda" in devices and name not in VIEWS and not name.startswith(("empty", "new_empty", "prim::")):
             self.kernels[name] += 1
         return out
