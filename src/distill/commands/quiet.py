@@ -24,8 +24,8 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message="The dirpath has changed from")  # every run has a directory of its own
     warnings.filterwarnings("ignore", message="Precision .* is not supported by the model summary")
-    # What the module logs of an epoch is the same on all ranks.
-    warnings.filterwarnings("ignore", message="It is recommended to use .*'(train|val|test)/.*sync_dist=True")
+    # What the module logs of an epoch, and the tasks' scores, are the same on all ranks.
+    warnings.filterwarnings("ignore", message="It is recommended to use .*'(train|val|test|tasks)/.*sync_dist=True")
     warnings.formatwarning = sentence
     chatter = re.compile(
         r"Tip:|^[GTHI]PU available|^Seed set|^Using .* Precision|^`Trainer\.\w+` stopped|^Loading `train_dataloader`"

@@ -42,7 +42,8 @@ def open_tasks(
         raise UserError(f"{keys[1]}: {folder} is no folder; correct the path")
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(verbosity="ERROR", include_path=folder)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a model that is loaded already
+    manager = TaskManager(include_path=folder)
     if unknown := [name for name in tasks if name not in manager.all_tasks]:
         near = did_you_mean(unknown[0], manager.all_tasks)
         raise UserError(
@@ -75,7 +76,6 @@ def run_tasks(
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a model that is loaded already
     found: dict[str, dict[str, dict[str, float]]] = {}
     bars = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
     with bars, quiet_transformers():
