@@ -110,8 +110,9 @@ def measures(runs: list[RunHistory]) -> Iterator[Measure]:
             metric = f"val/{name}/{ON_EACH_SET[label]}"
             yield f"on {name}", metric, last(metric), sign, True
     for metric in dict.fromkeys(name for run in runs for name in run.series if name.startswith("tasks/")):
-        if "_stderr" not in metric:
-            yield metric.removeprefix("tasks/"), metric, last(metric), 1 if more_is_better(metric) else 0, False
+        if "_stderr" not in metric and "/teacher_" not in metric:
+            label = metric.removeprefix("tasks/").replace("_retention_percent", ", % of the teacher's")
+            yield label, metric, last(metric), 1 if more_is_better(metric) else 0, False
 
 
 def summary(runs: list[RunHistory], comparable: bool) -> list[Row]:
