@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from distill.errors import UserError
-from distill.losses.engine.divergence import KDLoss
+from distill.losses.engine.divergence import LOG_FLOOR, KDLoss
 from distill.losses.engine.rows import Buffers, dense_rows, sampled_rows, top_k_rows
 from distill.losses.engine.targets import Targets as Targets
 from distill.models.head import LMHead, logits_dtype, mm_into
@@ -193,12 +193,17 @@ class SampledTargets(SparseTargets):
 
 def teacher_logprobs(targets: DenseTargets, temperature: float, shared_vocab: int) -> Tensor:
     """log p at temperature T over the shared ids, (N, D) -> (N, V); fp32, or fp64 for an fp64 teacher."""
+    return _scaled_logits(targets, temperature, shared_vocab).log_softmax(-1)
+
+
+def _scaled_logits(targets: DenseTargets, temperature: float, shared_vocab: int) -> Tensor:
+    """The same without its constant: logits / T, to be overwritten."""
     hidden_ND, head = targets.hidden_ND, targets.head
     dtype = logits_dtype(hidden_ND.dtype, hidden_ND.device)
     logits_NV = hidden_ND.new_empty(len(hidden_ND), head.vocab_size, dtype=dtype)
     mm_into(logits_NV, hidden_ND, head.weight.T)
     logits_NV = head.finish_(logits_NV.to(torch.promote_types(dtype, torch.float32)))[:, :shared_vocab]
-    return torch.log_softmax(logits_NV / temperature, dim=-1)
+    return logits_NV if temperature == 1 else logits_NV.mul_(1 / temperature)
 
 
 def _chunked(targets: DenseTargets) -> list[DenseTargets]:
@@ -219,11 +224,14 @@ def top_k_targets(targets: DenseTargets, k: int, temperature: float, shared_voca
     vocab = targets.head.vocab_size if shared_vocab is None else shared_vocab
     ids, logprobs, tails = [], [], []
     for part in _chunked(targets):
-        logprobs_NV = teacher_logprobs(part, temperature, vocab)
-        kept = logprobs_NV.topk(min(k, vocab), dim=-1)
+        logits_NV = _scaled_logits(part, temperature, vocab)
+        kept = logits_NV.topk(min(k, vocab), dim=-1)
+        # Kept ids and the others apart make up the normaliser: one pass less than a softmax, and none is a difference.
+        tail_N = logits_NV.scatter_(1, kept.indices, -torch.inf).logsumexp(-1)
+        total_N = torch.logaddexp(kept.values.logsumexp(-1), tail_N)
         ids.append(kept.indices)
-        logprobs.append(kept.values)
-        tails.append(logprobs_NV.scatter_(1, kept.indices, -torch.inf).logsumexp(-1))
+        logprobs.append(kept.values - total_N[:, None])
+        tails.append(tail_N - total_N)
     return TopKTargets(
         ids_NK=torch.cat(ids),
         logprobs_NK=torch.cat(logprobs),
@@ -253,8 +261,8 @@ def sampled_targets(
     vocab = targets.head.vocab_size if shared_vocab is None else shared_vocab
     ids, counts, entropy = [], [], []
     for part in _chunked(targets):
-        logprobs_NV = teacher_logprobs(part, temperature, vocab)
-        probs_NV = logprobs_NV.exp()
+        logits_NV = _scaled_logits(part, temperature, vocab)
+        probs_NV = logits_NV.softmax(-1)
         # At least two, for of a single draw CUDA checks the probabilities on the host.
         drawn_NS = torch.multinomial(probs_NV, max(2, draws), replacement=True, generator=generator)[:, :draws]
         drawn_NS = drawn_NS.sort(-1).values
@@ -268,7 +276,9 @@ def sampled_targets(
             .clone()
             .scatter_add_(1, place_NS, torch.ones_like(place_NS, dtype=probs_NV.dtype))
         )
-        entropy.append(-torch.xlogy(probs_NV, probs_NV).sum(-1))
+        # H = -log of the largest - sum p (x - largest x); an id that cannot come adds 0 x floor.
+        below_NV = logits_NV.sub_(logits_NV.amax(-1, keepdim=True)).clamp_min_(LOG_FLOOR)
+        entropy.append(-probs_NV.amax(-1).log() - torch.linalg.vecdot(probs_NV, below_NV))
     return SampledTargets(
         ids_NS=torch.cat(ids),
         counts_NS=torch.cat(counts),
