@@ -299,6 +299,7 @@ def _copied(tables: list[Table], key: str) -> "Dataset":
                 _features(own, tables[0]),
                 gen_kwargs={"tables": tables, "own": own, "key": key},
                 fingerprint=name,
+                writer_batch_size=HEAD,  # held in memory at once: texts may be long, and the default is 1000
             )
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
