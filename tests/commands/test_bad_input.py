@@ -207,6 +207,11 @@ def test_callbacks_that_would_bend_the_run_are_refused_by_name(config, refused, 
     assert re.fullmatch(rf"error: trainer.callbacks: {callback} .*; {remedy}.*", refused())
 
 
+def test_checkpoints_that_are_written_some_time_later(config, refused):
+    config["trainer"]["plugins"] = [{"class_path": "lightning.pytorch.plugins.AsyncCheckpointIO"}]
+    assert re.search(r"trainer.plugins: AsyncCheckpointIO has written .*; leave it out", refused())
+
+
 @pytest.mark.skipif(find_spec("transformer_engine") is not None, reason="the package is there")
 def test_a_precision_whose_package_is_missing(refused):
     assert refused("--trainer.precision", "transformer-engine").startswith("error: trainer.precision: Requirement 'tr")

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from lightning.fabric.utilities.spike import TrainingSpikeException
 from torch._inductor.exc import InductorError
 
 from distill.checkpoints.files import check_writable
@@ -32,6 +33,11 @@ from distill.training.module import DistillationModule
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
             RunError,
             "batch_size: out of memory",
+        ),
+        (
+            TrainingSpikeException(6),
+            RunError,
+            "^trainer.callbacks: SpikeDetection has stopped .*batch 6.*--ckpt_path l",
         ),
         (ModuleNotFoundError("Requirement 'wandb>=0.12' not met."), UserError, "^trainer: Requirement 'wandb>=0.12'"),
         (InductorError(RuntimeError("no compiler"), None), UserError, "^model.torch_compile: .*no compiler.*to false$"),

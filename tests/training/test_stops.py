@@ -11,6 +11,7 @@ import torch
 
 from conftest import log_of
 from distill.checkpoints.files import find_last
+from distill.checkpoints.students import load_student
 from distill.errors import UserError
 from distill.training.module import DistillationModule
 from helpers.clock import Clock
@@ -188,3 +189,22 @@ def test_a_finished_run_has_nothing_left_to_train_and_is_no_error(distill, short
     assert "Nothing left to train: the run was finished, at step 6 of 6." in caplog.text
     assert again.trainer.global_step == 6
     assert str(again.trainer.ckpt_path).endswith(str(Path("version_0", "checkpoints", "last.ckpt")))
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
+def test_an_average_of_weights_goes_on_and_is_what_is_loaded(distill, short, monkeypatch):
+    """Checkpoints hold the average in the student's place, and what it is the average of beside it."""
+    average = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.5}}
+    short["model"]["learning_rate"] = 0.05
+    short["trainer"]["callbacks"] = [average]
+    whole = distill("fit", short)
+    unbroken = weights_of(last_of(whole))
+    student = load_student(last_of(whole)).model
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, unbroken[f"student.{name}"]), name
+    live = torch.load(last_of(whole), weights_only=True)["current_model_state"]["student.lm_head.weight"]
+    assert (live - student.lm_head.weight).abs().max() > 1e-3
+    short["trainer"]["callbacks"] = [average, own("Stop", hook="on_train_batch_end", batch=4)]
+    stopped = distill("fit", short)
+    short["trainer"]["callbacks"] = [average]
+    assert_goes_on(distill, short, last_of(stopped), unbroken)

@@ -5,6 +5,7 @@ Another version of them may word it otherwise; its traceback is then shown as it
 
 import re
 
+from lightning.fabric.utilities.spike import TrainingSpikeException
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from distill.commands.parser import shorten, told
@@ -36,6 +37,8 @@ def explained(error: Exception) -> UserError | RunError | None:
         return UserError("trainer.logger: its directory holds a run already; leave the version out, or give another")
     if "by peer" in text:  # gloo's words
         return RunError(f"trainer.devices: another process of this run has died, see what it said last; {RESUME}")
+    if isinstance(error, TrainingSpikeException):
+        return RunError(f"trainer.callbacks: SpikeDetection has stopped the run ({text}); {RESUME}, or leave it out")
     if "out of memory" in text:
         return RunError(
             f"data.per_device_batch_size: out of memory ({text.split('. ')[0]}); lower it and raise "

@@ -179,6 +179,7 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Leaves how the student was made in a run's directory, for the report; one that is there stays."""
     path = folder / RECORD
     if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(record, indent=1))
         os.replace(partial, path)

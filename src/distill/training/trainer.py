@@ -17,6 +17,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.plugins import _PLUGIN_INPUT, AsyncCheckpointIO
 
 from distill.checkpoints.files import AtomicCheckpointIO, check_writable
 from distill.errors import UserError
@@ -29,6 +30,7 @@ class DistillTrainer(L.Trainer):
     Args:
         logger: null = CSV and TensorBoard in one directory, `lightning_logs/version_N`; false = none.
         use_distributed_sampler: must stay false, the datamodule distributes the rows itself.
+        plugins: as Lightning's; checkpoints are written by ours where none of them does.
         kwargs: of `lightning.Trainer`.
     """
 
@@ -37,6 +39,7 @@ class DistillTrainer(L.Trainer):
         *args: Any,
         logger: Logger | list[Logger] | bool | None = None,
         use_distributed_sampler: bool = False,
+        plugins: _PLUGIN_INPUT | list[_PLUGIN_INPUT] | None = None,
         **kwargs: Any,
     ) -> None:
         if kwargs.get("barebones"):
@@ -54,13 +57,17 @@ class DistillTrainer(L.Trainer):
             plots = TensorBoardLogger(root, name="lightning_logs", version=csv.version, default_hp_metric=False)
             logger = [csv, plots]
             self.fresh_directory = None if Path(csv.log_dir).exists() else csv.log_dir
-        plugins = kwargs.pop("plugins", None) or []
-        plugins = list(plugins) if isinstance(plugins, list) else [plugins]
-        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            plugins.append(AtomicCheckpointIO())
+        chosen = list(plugins) if isinstance(plugins, list) else [plugins] if plugins is not None else []
+        if any(isinstance(plugin, AsyncCheckpointIO) for plugin in chosen):
+            raise UserError(
+                "trainer.plugins: AsyncCheckpointIO has written a checkpoint some time after the run says so, and not "
+                "to its end where the run is killed; leave it out"
+            )
+        if not any(isinstance(plugin, CheckpointIO) for plugin in chosen):
+            chosen.append(AtomicCheckpointIO())
         sampler = use_distributed_sampler
         try:
-            super().__init__(*args, logger=logger, use_distributed_sampler=sampler, plugins=plugins, **kwargs)
+            super().__init__(*args, logger=logger, use_distributed_sampler=sampler, plugins=chosen, **kwargs)
         except ImportError as error:  # of a precision, a profiler, an environment
             key = "trainer.precision" if "transformer" in str(kwargs.get("precision")) else "trainer"
             raise UserError(f"{key}: {' '.join(str(error).split())}") from error
