@@ -279,15 +279,15 @@ def reading(console: Console, rows: int) -> bool:
 
 
 def memory(console: Console) -> bool:
-    """Peak of a whole run in a process of its own, two steps and a validation."""
+    """Peak of a whole run in a process of its own, a step and a validation."""
     student = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     student |= {"num_attention_heads": 4, "num_key_value_heads": 2}
     config = {
         "model": {"teacher": TEACHER, "student_config": student, "kd_loss": {"top_k": K}},
-        "data": {"dataset": "package://pydoc_data/topics.py", "sequence_length": LENGTH, "max_sequences": 8},
-        "trainer": {"max_steps": 2, "accelerator": "cpu", "logger": False},
+        "data": {"dataset": "package://pydoc_data/topics.py", "sequence_length": 64, "max_sequences": 4},
+        "trainer": {"max_steps": 1, "accelerator": "cpu", "logger": False},
     }
-    config["data"] |= {"max_validation_sequences": 2, "per_device_batch_size": ROWS}
+    config["data"] |= {"max_validation_sequences": 1, "per_device_batch_size": 2}
 
     def peak(*arguments: str) -> float:
         command = [sys.executable, "-m", "distill.cli", arguments[0], "--config", "config.yaml", *arguments[1:]]

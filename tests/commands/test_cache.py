@@ -20,6 +20,7 @@ from conftest import small_config, text_of_stdlib
 from distill.commands import cache
 from distill.commands.fit import run
 from distill.errors import UserError
+from distill.teachers import cache_files
 from distill.teachers.cache_files import read_manifest
 from distill.training import cache_build
 from helpers import two_ranks
@@ -367,3 +368,19 @@ def test_check_compares_the_cache_with_its_teacher_and_says_what_it_costs(distil
     assert re.search(r"top_k, as it is │ *4\d\.\d", shown)
     assert "bf16 logits │ 640.0" in shown.replace("  ", " ")
     assert not re.search(r"Suspicious: model.teacher: \S+ differs", shown)
+
+
+def test_a_checkpoint_goes_on_only_from_the_cache_that_it_learned_from(distill, config):
+    few = (*SHARD, "--max_rows", "100")
+    config["data"] |= {"max_sequences": 60}
+    distill("cache", config, "--output", "kept", *few)
+    assert cache_files.teacher_behind("kept") == config["model"]["teacher"]  # which evaluate and predict load
+    config["model"]["teacher"] = "kept"
+    first = distill("fit", config, "--last_checkpoint.every_n_steps", "5")
+    checkpoint = str(Path(first.trainer.log_dir, "checkpoints", "previous.ckpt"))
+    shutil.rmtree("kept")
+    config["model"]["teacher"] = first.model.teacher.manifest.teacher["source"]
+    distill("cache", config, "--output", "kept", "--dtype", "bfloat16", *few)
+    config["model"]["teacher"] = "kept"
+    with pytest.raises(UserError, match=r"model.teacher_cache: '\w+', but the checkpoint was made with '\w+'"):
+        distill("fit", config, "--ckpt_path", checkpoint)
