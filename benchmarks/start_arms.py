@@ -164,7 +164,7 @@ MOE = {
     "two layers, fitted": Arm(made(60, None, None, [0, 3])),
 }
 SMOL = {
-    "cut": Arm(plain_cut(SMOL_KEPT)),
+    "cut": Arm(plain_cut(SMOL_KEPT), rate="random"),
     "closed form, equal seconds": Arm(made(0, None, None, SMOL_KEPT), equal_s=True),
     "fitted, equal seconds": Arm(made(30, None, None, SMOL_KEPT), equal_s=True),
 }
