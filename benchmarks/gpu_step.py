@@ -160,7 +160,12 @@ def through_distill(model: str, folder: Path) -> dict[str, Any]:
             precision="bf16-mixed",
         )
         module = DistillationModule(
-            str(folder / model), student_layers=layers, kd_loss=KDLoss(), lm_loss=False, learning_rate=1e-4
+            str(folder / model),
+            student_layers=layers,
+            student_fit=None,
+            kd_loss=KDLoss(),
+            lm_loss=False,
+            learning_rate=1e-4,
         )
         data = DistillationDataModule(
             str(folder / "text.txt"), sequence_length=length, per_device_batch_size=rows, packing=True

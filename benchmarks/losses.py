@@ -55,7 +55,7 @@ TARGETS = {ROUTED: ("routing_step_over_kd_only_step", 1.25), EVERYTHING: ("phase
 def build(config: dict[str, Any]) -> DistillationModule:
     """The quickstart's module with all nine components."""
     torch.manual_seed(0)
-    options = config["model"] | {"routing": Routing(**config["model"]["routing"])}
+    options = config["model"] | {"routing": Routing(**config["model"]["routing"]), "student_fit": None}
     others = {"attention": AttentionTransfer(), "layerwise": Layerwise(), "contrastive": Contrastive()}
     module = DistillationModule(**options | others)
     module.trainer = DistillTrainer(accelerator="cpu", logger=False, enable_checkpointing=False)

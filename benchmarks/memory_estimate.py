@@ -28,11 +28,12 @@ SMALL = {
     "num_key_value_heads": 2,
     "tie_word_embeddings": True,
 }
+TEN: dict[str, Any] = {"student_layers": 10, "student_fit": None}
 # Name -> keys of `model`, rows, tokens of a row.
 CONFIGURATIONS: dict[str, tuple[dict[str, Any], int, int]] = {
-    "quickstart, 1 x 256": ({"student_layers": 10, "routing": {"teacher_layers": 2}}, 1, 256),
+    "quickstart, 1 x 256": ({**TEN, "routing": {"teacher_layers": 2}}, 1, 256),
     "6 new layers, 4 x 128": ({"student_config": SMALL}, 4, 128),
-    "10 layers checkpointed, 2 x 256": ({"student_layers": 10, "gradient_checkpointing": True}, 2, 256),
+    "10 layers checkpointed, 2 x 256": ({**TEN, "gradient_checkpointing": True}, 2, 256),
 }
 
 

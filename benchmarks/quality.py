@@ -78,7 +78,7 @@ def run(arm: Arm, teacher: str, seed: int, folder: Path, rate: float) -> dict[st
     options: dict[str, Any] = {"learning_rate": rate, **keys_of(arm)}
     if teacher == "moe":
         steps, source = MOE_STEPS, str(folder / "teacher")
-        options |= {"student_layers": MOE_LAYERS, "warmup_steps": 10}
+        options |= {"student_layers": MOE_LAYERS, "student_fit": None, "warmup_steps": 10}
         data = DistillationDataModule(
             str(folder / "student.jsonl"),
             validation_split=str(folder / "held_out.jsonl"),
@@ -90,7 +90,7 @@ def run(arm: Arm, teacher: str, seed: int, folder: Path, rate: float) -> dict[st
         )
     else:
         steps, source = SMOL_STEPS, SMOL
-        options |= {"student_layers": 10, "warmup_steps": 5}
+        options |= {"student_layers": 10, "student_fit": None, "warmup_steps": 5}
         data = DistillationDataModule(
             "package://pydoc_data/topics.py",
             sequence_length=256,

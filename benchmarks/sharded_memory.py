@@ -79,7 +79,7 @@ def fit(strategy: str, folder: str) -> None:
         strategy=strategy,
     )
     data = DistillationDataModule("package://pydoc_data/topics.py", sequence_length=64, per_device_batch_size=1)
-    trainer.fit(DistillationModule(TEACHER, student_layers=10), data)
+    trainer.fit(DistillationModule(TEACHER, student_layers=10, student_fit=None), data)
 
 
 def main() -> int:

@@ -107,7 +107,12 @@ def through_distill(divergence: str, precision: str) -> dict[str, float]:
             precision=precision,
         )
         module = DistillationModule(
-            TEACHER, student_layers=LAYERS, kd_loss=KDLoss(divergence), lm_loss=False, learning_rate=1e-4
+            TEACHER,
+            student_layers=LAYERS,
+            student_fit=None,
+            kd_loss=KDLoss(divergence),
+            lm_loss=False,
+            learning_rate=1e-4,
         )
         trainer.fit(module, dataset())
     return metered.meter.figures()

@@ -35,6 +35,20 @@ def _leave_torch_as_found():
 
 
 @pytest.fixture(scope="session")
+def students(tmp_path_factory) -> Path:
+    """Where students that are made lie, in the place of the user's cache."""
+    return tmp_path_factory.mktemp("students")
+
+
+@pytest.fixture(autouse=True)
+def _students_of_their_own(students, monkeypatch):
+    def folder() -> Path:
+        return Path(os.environ.get("DISTILL_CACHE") or students)
+
+    monkeypatch.setattr("distill.models.start.cache.cache_dir", folder)
+
+
+@pytest.fixture(scope="session")
 def assets(tmp_path_factory) -> Path:
     """Folder with `llama` and `qwen3_moe` teachers, their tokenizer and `text.txt`."""
     root = tmp_path_factory.mktemp("assets")
