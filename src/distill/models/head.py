@@ -169,9 +169,9 @@ def _gathered(parameter: Tensor) -> Tensor:
     if not isinstance(parameter, DTensor):
         return parameter
     mesh = parameter.device_mesh
-    whole = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
-    # Gradients of ranks are summed on their way back; data parallelism means their mean.
-    return _ScaleGradient.apply(whole, 1 / mesh.size())
+    # Gradients of ranks are summed on their way back; data parallelism means their mean, which is taken of the shards.
+    scaled: DTensor = _ScaleGradient.apply(parameter, 1 / mesh.size())
+    return scaled.full_tensor(grad_placements=[Partial()] * mesh.ndim)
 
 
 class _ScaleGradient(torch.autograd.Function):
