@@ -67,18 +67,18 @@ def test_a_teacher_that_is_cut_is_loaded_as_it_lies_on_disk(distill, config, ass
     """Not widened to fp32, which takes twice the memory for nothing."""
     import shutil
 
-    from distill.models import load
+    from distill.training import build
 
     folder, dtypes = tmp_path / "teacher", []
     shutil.copytree(assets / "llama", folder)
     load_model(str(folder), dtype=torch.bfloat16).save_pretrained(folder)
 
-    def build_student(teacher, *args, build=load.build_student, **kwargs):
+    def start(teacher, *args, start=build.start_student):
         dtypes.append(teacher.dtype)
-        return build(teacher, *args, **kwargs)
+        return start(teacher, *args)
 
-    monkeypatch.setattr(load, "build_student", build_student)
-    config["model"] |= {"teacher": str(folder)}
+    monkeypatch.setattr(build, "start_student", start)
+    config["model"] |= {"teacher": str(folder), "student_fit": None}
     config["trainer"] |= {"max_steps": 1, "limit_val_batches": 1, "num_sanity_val_steps": 0}
     cli = distill("fit", config)
     assert dtypes == [torch.bfloat16]
