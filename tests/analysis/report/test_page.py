@@ -43,6 +43,18 @@ def test_the_page_asks_for_nothing_and_every_chart_has_label_and_table(folder):
     assert ("a", {"class": "skip", "href": "#outcome"}) in reader.elements
 
 
+def test_how_the_student_was_made_stands_among_the_facts(folder, tmp_path):
+    assert "fit before the run" not in page(folder)
+    cut = {key: value for key, value in CONFIG["model"].items() if not key.startswith("student")}
+    cut |= {"student_layers": 2, "student_intermediate_size": 24}
+    run = write(tmp_path / "cut", METRICS, config=CONFIG | {"model": cut})
+    layers = [{"layer": 0, "after": 0.25}, {"layer": 1, "after": 0.5}]
+    (run / "student_fit.json").write_text(json.dumps({"seconds": 54.2, "tokens": 16180, "layers": layers}))
+    html = page(run)
+    assert "2 of the teacher&#39;s layers, FFNs of 24 of its neurons" in html
+    assert "54 s on 16,180 tokens; unexplained, layer by layer: 0.250, 0.500" in html
+
+
 def test_names_from_outside_are_text(tmp_path):
     metrics = METRICS.replace("train/tokens_per_s", "routing/<b>&").replace("curriculum/lm", 'curriculum/"lm')
     html = page(write(tmp_path / "<i>run", metrics, config=CONFIG | {"seed_everything": "</pre><script>"}))

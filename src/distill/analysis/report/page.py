@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib.resources import files
 from itertools import count
+from typing import Any
 
 from jinja2 import Environment
 from markupsafe import Markup
@@ -100,18 +101,40 @@ def facts_of(runs: list[RunHistory]) -> list[tuple[str, list[tuple[str, str]]]]:
 
 def facts(run: RunHistory) -> list[tuple[str, str]]:
     """What one wants to know of a run before its figures."""
-    student = run.setting("model.student") or run.setting("model.student_layers") or run.setting("model.student_config")
-    of_layers = run.setting("model.student") is None and isinstance(student, int | list)
-    size = len(student) if isinstance(student, list) else student
     known = {
         "teacher": run.setting("model.teacher"),
-        "student": f"{size} of the teacher's layers" if of_layers else student,
+        "student": student_of(run),
+        "fit before the run": fit_of(run),
         "data": run.setting("data.dataset"),
         "precision": run.setting("trainer.precision"),
         "devices": run.setting("trainer.devices"),
         "seed": run.setting("seed_everything"),
     }
     return [(name, str(value)) for name, value in known.items() if value is not None]
+
+
+def student_of(run: RunHistory) -> Any:
+    """What the student was at first."""
+    layers, width, stream = (
+        run.setting(f"model.student_{key}") for key in ("layers", "intermediate_size", "hidden_size")
+    )
+    if layers is None and width is None and stream is None:
+        return run.setting("model.student") or run.setting("model.student_config")
+    size = len(layers) if isinstance(layers, list) else layers
+    parts = ["all of the teacher's layers" if size is None else f"{size} of the teacher's layers"]
+    parts += [] if width is None else [f"FFNs of {width} of its neurons"]
+    parts += [] if stream is None else [f"a stream of {stream} principal axes"]
+    return ", ".join(parts)
+
+
+def fit_of(run: RunHistory) -> str | None:
+    """How near each layer of the student came to the teacher before the run, None where it was not fitted."""
+    record = run.files.student_fit.values
+    layers = record.get("layers")
+    if not isinstance(layers, list):
+        return None
+    errors = ", ".join(f"{layer['after']:.3f}" for layer in layers)
+    return f"{record['seconds']:,.0f} s on {record['tokens']:,} tokens; unexplained, layer by layer: {errors}"
 
 
 def make_figure(chart: Chart, identity: str, last_step: float, axes: Axes) -> Figure:
