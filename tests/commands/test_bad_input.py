@@ -294,6 +294,12 @@ def test_streams_without_an_end_or_a_choice(config, refused):
     assert "data.dataset: streams have no known length to be mixed by; give every part a weight" in refused()
 
 
+def test_a_stream_of_which_nothing_is_held_out(config, refused):
+    """One document, which is not among the held out ones."""
+    config["data"]["streaming"] = True
+    assert re.search(r"data.validation_split: 0.05 of the stream holds no rows; give a larger fraction", refused())
+
+
 def test_another_tokenizer(config, refused, assets, tmp_path):
     folder = tmp_path / "student"
     shutil.copytree(assets / "llama", folder)

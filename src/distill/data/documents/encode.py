@@ -60,6 +60,8 @@ def tokenize(tokenizer: Any, texts: Sequence[str | None]) -> list[tuple[np.ndarr
 def _tokenize(tokenizer: Any, texts: Sequence[str | None]) -> list[Document]:
     """Ids [T], bytes [T] and the character offsets [T] at which tokens end, 0 for special ones."""
     filled = [text or "" for text in texts]
+    if not filled:
+        return []  # which tokenizers do not take
     with whole_offsets(tokenizer):
         encoded = tokenizer(filled, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
     documents = []
