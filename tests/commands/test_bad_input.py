@@ -145,7 +145,7 @@ def test_a_key_on_the_command_line_is_not_abbreviated(refused):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["foo"], "foo: there is no such command; choose from fit, check, validate, test, diagnose, evaluate, .*"),
+        (["foo"], "foo: there is no such command; choose from fit, check, validate, test, cache, diagnose, .*"),
         (["chek"], "chek: there is no such command; did you mean 'check'\\?"),
         (["check"], "model.teacher: required, like data.dataset; give it in the configuration file or .*"),
         (["fit", "--model.teacher", "x"], "data.dataset: required; give it in the configuration file or .*"),
