@@ -8,7 +8,7 @@ quickstart: .venv/ready
 	$(BIN)/distill fit --config configs/quickstart.yaml
 
 test: .venv/ready
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow"
 
 test-all: .venv/ready .venv/tasks build/triton
 	$(BIN)/python -m pytest -q
