@@ -132,7 +132,10 @@ def test_batch_by_hand():
     assert batch.student.positions.tolist() == [0, 1, 3, 6]
     assert batch.student.packed is True
     assert batch.bytes == 7
-    assert {tensor.dtype for tensor in batch.student.tensors().values()} == {torch.int64}
+    dtypes = {name: tensor.dtype for name, tensor in batch.student.tensors().items()}
+    assert dtypes.pop("starts") == torch.int32  # as attention kernels take it
+    assert set(dtypes.values()) == {torch.int64}
+    assert batch.student.starts.tolist() == [0, 3, 5, 6, 8, 12]
 
 
 def test_one_document_per_row_is_not_packed():
