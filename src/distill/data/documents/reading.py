@@ -16,9 +16,13 @@ import lzma
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from distill.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow
+
 
 Row = dict[str, Any]
 HEAD = 100  # rows from which the columns of a file are known
@@ -224,7 +228,7 @@ def _arrow(path: Path, columns: list[str] | None) -> Iterator[Row]:
             yield from _plain(batch.slice(start, CHUNK))
 
 
-def _plain(batch: Any) -> Iterator[Row]:
+def _plain(batch: "pyarrow.RecordBatch") -> Iterator[Row]:
     kinds = {field.name: field.type for field in batch.schema if "json" in str(field.type)}
     for row in batch.to_pylist(maps_as_pydicts="strict"):
         plain = {name: without_nulls(value) for name, value in row.items()}
