@@ -80,11 +80,9 @@ def evaluate(
     Raises:
         UserError: models or data that cannot be had, ids that mean different tokens, a task that is not there.
     """
-
-    from distill.commands.pair import load_pair, validation_data
+    from distill.commands.pair import load_pair
     from distill.commands.quiet import quieten
-    from distill.evaluation.measure import TEACHER, gap_closed_percent, measure
-    from distill.models.load import check_packing
+    from distill.evaluation.measure import TEACHER
     from distill.training.step_sums import peak_memory
 
     quieten()
@@ -97,38 +95,67 @@ def evaluate(
     options = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     pair = load_pair(student, teacher, precision=precision, accelerator=accelerator, **options)
     students = {"student": pair.student} | _baselines(pair, baselines or {}, options)
+    rows = _rows(pair, students, text, data)
+    sets = _on_each_set(pair, students, rows)
+    found = next(iter(sets.values()))["models"]
+    report: dict[str, Any] = {
+        "measured_on": {"student": student, "teacher": pair.teacher_source, **_measured_on(pair, rows, text)},
+        "models": found,
+        "gap_closed_percent": {key: _closed(found[key], found["student"], found[TEACHER]) for key in baselines or {}},
+    }
+    if "" not in sets:
+        report["sets"] = sets
+    if names:
+        every = {TEACHER: pair.teacher.model} | {name: other.model for name, other in students.items()}
+        tokenizers = {TEACHER: pair.tokenizer} | {name: other.tokenizer for name, other in students.items()}
+        report["tasks"] = run_tasks(manager, every, tokenizers, names, limit, rows.per_device_batch_size)
+    report["peak_memory_MB"] = peak_memory(pair.fabric.device) / 1e6
+    return report
+
+
+def _rows(
+    pair: "Pair", students: Mapping[str, "Student"], text: str | None, data: Mapping[str, Any] | None
+) -> "DistillationDataModule":
+    """The rows of an evaluation, which all models can read.
+
+    Raises:
+        UserError: rows are packed and a model would not keep their documents apart.
+    """
+    from distill.commands.pair import validation_data
+    from distill.models.load import check_packing
+
     rows = validation_data(pair, text, data)
     if rows.packing:
         for name, other in students.items():
             check_packing(other.model, name)
         check_packing(pair.teacher.model, "--teacher")
+    return rows
+
+
+def _on_each_set(
+    pair: "Pair", students: Mapping[str, "Student"], rows: "DistillationDataModule"
+) -> dict[str, dict[str, Any]]:
+    """Name of each validation set -> its rows and tokens, and the figures of teacher and students there."""
+    from distill.evaluation.measure import measure
+
     models = {name: other.model for name, other in students.items()}
     chunk_size = pair.config.get("model", {}).get("chunk_size")
-    sets: dict[str, dict[str, Any]] = {}
+    sets = {}
     for name, loader in by_name(rows.val_dataloader()).items():
         there, batches = rows.held_out[name], tracked(loader, f"Evaluating {name}".strip())
         figures = measure(models, pair.teacher, batches, pair.fabric, chunk_size)
         sets[name] = {"rows": len(there), "tokens": int(there.units_R["tokens"].sum()), "models": figures}
-    found = next(iter(sets.values()))["models"]
-    report: dict[str, Any] = {
-        "measured_on": {"student": student, "teacher": pair.teacher_source, **_measured_on(pair, rows, text)},
-        "models": found,
-        "gap_closed_percent": {
-            name: {
-                key: gap_closed_percent(found[name][key], found["student"][key], goal)
-                for key, goal in (("nll", found[TEACHER]["nll"]), ("kl_div_T1", 0.0))
-            }
-            for name in baselines or {}
-        },
-    }
-    if "" not in sets:
-        report["sets"] = sets
-    if names:
-        tokenizers = {TEACHER: pair.tokenizer} | {name: other.tokenizer for name, other in students.items()}
-        every = {TEACHER: pair.teacher.model} | models
-        report["tasks"] = run_tasks(manager, every, tokenizers, names, limit, rows.per_device_batch_size)
-    report["peak_memory_MB"] = peak_memory(pair.fabric.device) / 1e6
-    return report
+    return sets
+
+
+def _closed(
+    baseline: Mapping[str, Any], student: Mapping[str, Any], teacher: Mapping[str, Any]
+) -> dict[str, float | None]:
+    """How much of a baseline's distance to the teacher the student covers, in percent."""
+    from distill.evaluation.measure import gap_closed_percent
+
+    goals = (("nll", teacher["nll"]), ("kl_div_T1", 0.0))
+    return {key: gap_closed_percent(baseline[key], student[key], goal) for key, goal in goals}
 
 
 def _baselines(pair: "Pair", sources: Mapping[str, str], options: dict[str, bool]) -> dict[str, "Student"]:

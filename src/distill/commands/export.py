@@ -8,8 +8,12 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from distill.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from distill.checkpoints.students import Student
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -40,11 +44,7 @@ def export(
     """
     import torch
 
-    from distill.checkpoints.card import model_card
-    from distill.checkpoints.proof import prove
     from distill.checkpoints.students import is_checkpoint, load_student
-    from distill.models.load import load_model
-    from distill.models.quiet import quiet_transformers
 
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype: {dtype!r} is no dtype of an export; {did_you_mean(dtype, DTYPES)}")
@@ -60,6 +60,21 @@ def export(
         trust_remote_code=trust_remote_code,
         key="checkpoint",
     )
+    _write(student, target)
+    return target
+
+
+def _write(student: "Student", target: Path) -> None:
+    """Writes a folder, whole or not at all.
+
+    Raises:
+        UserError: it cannot be written, or what was written is another model.
+    """
+    from distill.checkpoints.card import model_card
+    from distill.checkpoints.proof import prove
+    from distill.models.load import load_model
+    from distill.models.quiet import quiet_transformers
+
     here = next(parent for parent in target.parents if parent.exists())  # the same file system, and nothing is left
     try:
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=here))
@@ -70,6 +85,7 @@ def export(
             student.model.save_pretrained(partial)
             student.tokenizer.save_pretrained(partial)
         written = load_model(str(partial), dtype=student.model.dtype, key="folder")
+        assert student.checkpoint is not None
         if (expected := student.checkpoint["student"].get("proof")) is not None:
             prove(written, expected, "folder")
         (partial / "README.md").write_text(model_card(target.name, student), encoding="utf-8")
@@ -80,7 +96,6 @@ def export(
         os.replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return target
 
 
 def main(arguments: list[str]) -> int:

@@ -229,7 +229,7 @@ class Routing(nn.Module):
         assert self._views, "build() comes first"
         assert len(student_states_BLD) == len(self._views)
         wanted = [component for component in self.components if component in names]
-        k, positions_N = self._experts_per_token(top_k_experts), tokens.positions
+        k = self._experts_per_token(top_k_experts)
         sums = {component: full_precision(student_states_BLD[0]).new_zeros(()) for component in wanted}
         stats: list[dict[str, Tensor]] = []
         probe_logits = []
@@ -240,36 +240,10 @@ class Routing(nn.Module):
                 probe_logits.append(full_precision(apply(self.probes[i], states_ND)))
             if set(wanted) <= {BALANCE}:  # nothing else reads the teacher's experts
                 continue
-            if ALIGNMENT in wanted:  # its keys need not be valid tokens
-                rows_R, states_RD = (
-                    torch.arange(states_BLD[..., 0].numel(), device=positions_N.device),
-                    states_BLD.flatten(0, 1),
-                )
-                valid_N = positions_N
-            else:
-                rows_R, states_RD = positions_N, states_ND
-                valid_N = torch.arange(len(positions_N), device=positions_N.device)
-            mixture = ALIGNMENT in wanted or FEATURE in wanted
-            project = FEATURE in wanted or (mixture and self.tau < math.inf)
-            projected_RD = apply(self.projections[i], states_RD) if project else None
-            routed = self._route(view, records[view.layer], rows_R, valid_N, projected_RD, k, mixture)
-            gates_NE = routed.gates_NE.index_select(0, valid_N)
-            stats.append(usage_stats(routed, gates_NE, valid_N))
-            if FEATURE in wanted:
-                assert projected_RD is not None
-                assert routed.mixture_ND is not None
-                target_ND = routed.mixture_ND.index_select(0, valid_N)
-                sums[FEATURE] = sums[FEATURE] + feature_matching(projected_RD.index_select(0, valid_N), target_ND)
-            if IMPORTANCE in wanted:
-                importance = expert_importance(probe_logits[i], gates_NE)
-                sums[IMPORTANCE] = sums[IMPORTANCE] + importance
-                constant = constant_gate_kl(gates_NE)
-                gain = constant - importance.detach() / max(1, len(gates_NE))
-                stats[-1] |= {"constant_gate_kl": constant, "probe_gain": gain}
-            if ALIGNMENT in wanted:
-                assert routed.mixture_ND is not None
-                mixture_BLD = normalise(routed.mixture_ND).view(*states_BLD.shape[:2], -1)
-                sums[ALIGNMENT] = sums[ALIGNMENT] + attention_alignment(states_BLD, mixture_BLD, tokens)
+            probe_NE = probe_logits[i] if IMPORTANCE in wanted else None
+            found = self._layer(i, wanted, states_BLD, states_ND, probe_NE, records[view.layer], tokens, k)
+            sums |= {component: sums[component] + value for component, value in found.sums.items()}
+            stats.append(found.stats)
         if BALANCE in wanted:  # over all ranks, so every rank comes here, with tokens or without
             balance = load_balance(torch.cat(probe_logits), self.native_k, len(self._views))
             sums[BALANCE] = balance * len(self._views)
@@ -278,6 +252,57 @@ class Routing(nn.Module):
             {component: value * scale[component] for component, value in sums.items()},
             {name: torch.stack([layer[name] for layer in stats]).mean() for name in (stats[0] if stats else ())},
         )
+
+    def _layer(
+        self,
+        i: int,
+        wanted: list[str],
+        states_BLD: Tensor,
+        states_ND: Tensor,
+        probe_NE: Tensor | None,
+        capture: Capture,
+        tokens: Tokens,
+        k: int,
+    ) -> Measured:
+        """What the experts of the i-th teacher layer add to the losses, without coefficients, and their statistics.
+
+        Args:
+            i: which of the layers.
+            wanted: components.
+            states_BLD, states_ND: of the student, normalised; those of all tokens and of the valid ones.
+            probe_NE: logits of the gate probe, for the importance loss.
+            capture: what the teacher's block did.
+            tokens: of the batch.
+            k: experts per token.
+        """
+        positions_N = tokens.positions
+        if ALIGNMENT in wanted:  # its keys need not be valid tokens
+            rows_R = torch.arange(states_BLD[..., 0].numel(), device=positions_N.device)
+            states_RD, valid_N = states_BLD.flatten(0, 1), positions_N
+        else:
+            rows_R, states_RD = positions_N, states_ND
+            valid_N = torch.arange(len(positions_N), device=positions_N.device)
+        mixture = ALIGNMENT in wanted or FEATURE in wanted
+        project = FEATURE in wanted or (mixture and self.tau < math.inf)
+        projected_RD = apply(self.projections[i], states_RD) if project else None
+        routed = self._route(self._views[i], capture, rows_R, valid_N, projected_RD, k, mixture)
+        gates_NE = routed.gates_NE.index_select(0, valid_N)
+        sums, stats = {}, usage_stats(routed, gates_NE, valid_N)
+        if FEATURE in wanted:
+            assert projected_RD is not None
+            assert routed.mixture_ND is not None
+            target_ND = routed.mixture_ND.index_select(0, valid_N)
+            sums[FEATURE] = feature_matching(projected_RD.index_select(0, valid_N), target_ND)
+        if probe_NE is not None:
+            sums[IMPORTANCE] = expert_importance(probe_NE, gates_NE)
+            constant = constant_gate_kl(gates_NE)
+            gain = constant - sums[IMPORTANCE].detach() / max(1, len(gates_NE))
+            stats |= {"constant_gate_kl": constant, "probe_gain": gain}
+        if ALIGNMENT in wanted:
+            assert routed.mixture_ND is not None
+            mixture_BLD = normalise(routed.mixture_ND).view(*states_BLD.shape[:2], -1)
+            sums[ALIGNMENT] = attention_alignment(states_BLD, mixture_BLD, tokens)
+        return Measured(sums, stats)
 
     def _route(
         self,

@@ -44,7 +44,7 @@ from distill.training.objective import Losses, objective
 from distill.training.optim import CONFIGURED, clip_gradients, configuration_wins, configure
 from distill.training.options import ModelOptions
 from distill.training.start import write_record
-from distill.training.step_sums import StepSums, Throughput, on_host, step_figures
+from distill.training.step_sums import StepSums, on_host, step_figures
 from distill.training.validation_sums import ValidationSums, names_of
 
 
@@ -84,7 +84,7 @@ class DistillationModule(L.LightningModule):
         self.made: dict[str, Any] | None = None  # how the student was, where it was cut and fitted
         self.grad_norm: Tensor | None = None
         self._validation_sums = ValidationSums(self.options.units)
-        self._step_sums, self._throughput = StepSums(), Throughput()
+        self._sums = StepSums()
         self._horizon = 0
         self._configured: list[dict[str, Any]] = []
         self._idle: IdleParameters | None = None
@@ -157,10 +157,10 @@ class DistillationModule(L.LightningModule):
 
     def on_validation_start(self) -> None:
         self._place_teacher()
-        self._throughput.pause()
+        self._sums.throughput.pause()
 
     def on_validation_end(self) -> None:
-        self._throughput.resume()
+        self._sums.throughput.resume()
 
     def on_test_start(self) -> None:
         self._place_teacher()
@@ -210,16 +210,11 @@ class DistillationModule(L.LightningModule):
         needed = isinstance(self.trainer.strategy, DDPStrategy) or not total.requires_grad
         total = self._idle.anchored(total, self.component_weights() if needed else None)
         total = total * (1 + 0 * total.detach())  # where it is not finite, neither is any of its gradient
-        if due:
-            tokens, starts = len(batch.student.positions), batch_idx % accumulation == 0
-            self._step_sums.add(breakdown, result.stats, tokens, accumulation, starts)
-        step = None
-        if (batch_idx + 1) % accumulation == 0 or self.trainer.is_last_batch:
-            self._throughput.add(batch.units["tokens"])
-            if due:
-                step, stats = self._step_sums.whole(breakdown, result.stats)
-                if self._logs_this_step():
-                    self._log_step(step, stats)
+        window = batch_idx % accumulation == 0, (batch_idx + 1) % accumulation == 0 or self.trainer.is_last_batch
+        whole = self._sums.step(result, batch, accumulation, window, due)
+        if whole is not None and self._logs_this_step():
+            self._log_step(*whole)
+        step = None if whole is None else whole[0]
         return {"loss": total, "total": total.detach(), "breakdown": breakdown, "step": step}
 
     def _logs_this_step(self) -> bool:
@@ -236,7 +231,7 @@ class DistillationModule(L.LightningModule):
         for component in self.features:
             figures |= component.figures(self.curriculum)
         figures["train/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]  # the student's, of this step
-        figures |= self._throughput.figures(self.device) | stats
+        figures |= self._sums.throughput.figures(self.device) | stats
         if self.skipped_steps is not None:
             figures["train/skipped_steps"] = float(self.skipped_steps)
         logged = on_host(figures)
@@ -287,7 +282,7 @@ class DistillationModule(L.LightningModule):
         stop_between_steps(trainer)
         validate_between_steps(trainer)
         log_each_step_alone(trainer)
-        self._throughput = Throughput()
+        self._sums = StepSums()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Asks for a validation after the last step, which Lightning omits where the run ends between two of them."""

@@ -12,33 +12,53 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distill.batch import Batch
 from distill.breakdown import LossBreakdown
 from distill.curriculum import WEIGHT_KEY, CurriculumState
+from distill.training.objective import Losses
 
 
 class StepSums:
-    """Adds up what the micro-batches of one accumulation window yielded."""
+    """Adds up what the micro-batches of one accumulation window yielded, where somebody reads it; and the clock."""
 
     def __init__(self) -> None:
+        self.throughput = Throughput()
         self._sums = torch.zeros(0)
 
-    def add(
+    def step(
+        self, result: Losses, batch: Batch, accumulation: int, window: tuple[bool, bool], due: bool
+    ) -> tuple[LossBreakdown, dict[str, Tensor]] | None:
+        """Takes in a micro-batch.
+
+        Args:
+            result: of it; raw values carry the factor `accumulation`.
+            batch: itself.
+            accumulation: micro-batches of an optimizer step.
+            window: whether it opens an optimizer step, and whether it ends one.
+            due: whether a logger or a dump reads the step.
+
+        Returns:
+            Where it ends a step that is read: the breakdown of the whole step over all ranks, and means of the
+            statistics over its tokens. Collective there.
+        """
+        starts, ends = window
+        if due:
+            self._add(result.breakdown, result.stats, len(batch.student.positions), accumulation, starts)
+        if ends:
+            self.throughput.add(batch.units["tokens"])
+        return self._whole(result.breakdown, result.stats) if due and ends else None
+
+    def _add(
         self, breakdown: LossBreakdown, stats: dict[str, Tensor], tokens: int, accumulation: int, starts: bool
     ) -> None:
-        """Adds a micro-batch, whose raw values carry the factor `accumulation`; `starts` opens a new window."""
         values = [value.double() / accumulation for value in breakdown.raw.values()]
         values += [value.double() * tokens for value in stats.values()]
         if values:
             counted = torch.stack([*values, torch.full_like(values[0], tokens)])
             self._sums = counted if starts else self._sums + counted
 
-    def whole(self, breakdown: LossBreakdown, stats: dict[str, Tensor]) -> tuple[LossBreakdown, dict[str, Tensor]]:
-        """The breakdown of the whole step over all ranks, and means of the statistics over its tokens.
-
-        Args:
-            breakdown: of the step's last micro-batch here; its values are replaced.
-            stats: the same.
-        """
+    def _whole(self, breakdown: LossBreakdown, stats: dict[str, Tensor]) -> tuple[LossBreakdown, dict[str, Tensor]]:
+        """The sums under the names that the step's last micro-batch has here."""
         if not breakdown.raw and not stats:
             return breakdown, stats
         if dist.is_initialized():

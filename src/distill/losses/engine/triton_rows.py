@@ -19,98 +19,7 @@ soft-cap (4) it has; eight times the teacher's is added to the student's.
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-FLOOR = tl.constexpr(-144269.5)  # -1e5 nats, as in divergence.py
-TINY = tl.constexpr(1.1754944e-38)  # the least normal number of fp32
-ALL = tl.constexpr(tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _tile(start: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
-    """Ids from `start` on, (BLOCK / 4, 4)."""
-    return start + 4 * tl.arange(0, BLOCK // 4)[:, None] + tl.arange(0, 4)[None, :]
-
-
-@triton.jit
-def _tanh(u: tl.tensor) -> tl.tensor:
-    """Hyperbolic tangent to the last bits of fp32: a series near 0, where the difference cancels."""
-    w = u * u
-    series = u + u * w * (-1 / 3 + w * (2 / 15 + w * (-17 / 315 + w * (62 / 2835))))
-    return tl.where(tl.abs(u) < 0.25, series, 1 - 2 / (1 + tl.exp2(u * (2 * LOG2_E))))
-
-
-@triton.jit
-def _logits(side: tl.tuple, v: tl.tensor, width: tl.tensor, FINISH: tl.constexpr, MASKED: tl.constexpr) -> tl.tensor:
-    """Logits of a tile with bias, scale and soft-cap; -inf from `width` on, which only a MASKED tile reaches."""
-    if MASKED:
-        x = tl.load(side[0] + v, mask=v < width, other=0.0).to(tl.float32)
-    else:
-        x = tl.load(side[0] + v).to(tl.float32)
-    if FINISH % 2:
-        if MASKED:
-            x += tl.load(side[1] + v, mask=v < width, other=0.0).to(tl.float32)
-        else:
-            x += tl.load(side[1] + v).to(tl.float32)
-    if FINISH // 2 % 2:
-        x *= side[2]
-    if FINISH // 4:
-        x = side[3] * _tanh(x * (1 / side[3]))
-    if MASKED:
-        x = tl.where(v < width, x, -float("inf"))
-    return x
-
-
-@triton.jit
-def _logprobs(x: tl.tensor, largest: tl.tensor, log_sum: tl.tensor, c: tl.tensor) -> tl.tensor:
-    """Floored log2-probabilities at T; a NaN stays one."""
-    return tl.maximum((x - largest) * c - log_sum, FLOOR, propagate_nan=ALL)
-
-
-@triton.jit
-def _log_mixture(first: tl.tensor, second: tl.tensor, weight: tl.tensor) -> tl.tensor:
-    """log2(weight first + (1 - weight) second)."""
-    return tl.log2(tl.maximum(weight * first + (1 - weight) * second, TINY, propagate_nan=ALL))
-
-
-@triton.jit
-def _terms(log_q: tl.tensor, log_p: tl.tensor, share: tl.tensor, KIND: tl.constexpr) -> tl.tuple:
-    """q, p, what each id adds to the divergence, and g in the gradient q (g - mean of g under q).
-
-    Value and g are to base 2 but for total variation, and the caller's factors put that right. For JSD the factor
-    1 - beta of the gradient is the caller's too; forward KL needs no g, for its gradient is q - p.
-    """
-    q, p = tl.exp2(log_q), tl.exp2(log_p)
-    if KIND == "forward_kl":
-        g = log_q
-        value = p * (log_p - log_q)
-    elif KIND == "reverse_kl":
-        g = log_q - log_p
-        value = q * g
-    elif KIND == "jsd":
-        log_m = _log_mixture(p, q, share)
-        g = log_q - log_m
-        value = share * p * (log_p - log_m) + (1 - share) * q * g
-    elif KIND == "skew_forward_kl":
-        ratio = log_p - _log_mixture(p, q, share)
-        value = p * ratio
-        g = (share - 1) * LOG2_E * tl.exp2(ratio)
-    elif KIND == "skew_reverse_kl":
-        ratio = log_q - _log_mixture(q, p, share)
-        value = q * ratio
-        g = ratio - share * LOG2_E * tl.exp2(ratio)
-    else:  # total variation
-        value = 0.5 * tl.abs(q - p)
-        g = tl.where(q > p, 0.5, tl.where(q < p, -0.5, 0.0))
-    return q, p, value, g
-
-
-@triton.jit
-def _add(x: tl.tensor, top: tl.tensor, total: tl.tensor, c: tl.tensor) -> tl.tuple:
-    """Running maxima of a tile's rows and sums of exp2(c (x - maximum)), and by what these shrank."""
-    higher = tl.maximum(top, tl.max(x, 1))
-    shrink = tl.exp2((top - higher) * c)
-    return higher, total * shrink + tl.sum(tl.exp2((x - higher[:, None]) * c), 1), shrink
+from distill.losses.engine.triton_tiles import FLOOR, LN_2, LOG2_E, add, logits, logprobs, terms, tile
 
 
 @triton.jit
@@ -128,16 +37,16 @@ def _add_both(
 ) -> tl.tuple:
     """The running sums of `_sums` after one more tile; x at T = 1 is ALONE where it is not what x at T is."""
     top, sum_1, top_x, sum_x, top_y, sum_y, cross = sums
-    x = _logits(student, v, widths[0], FINISH % 8, MASKED)
+    x = logits(student, v, widths[0], FINISH % 8, MASKED)
     if ALONE:
-        top, sum_1, _ = _add(x, top, sum_1, LOG2_E)
+        top, sum_1, _ = add(x, top, sum_1, LOG2_E)
     if KIND != "none":
-        y = _logits(teacher, v, widths[1], FINISH // 8, MASKED)
+        y = logits(teacher, v, widths[1], FINISH // 8, MASKED)
         if MASKED:
             x = tl.where(v < widths[1], x, -float("inf"))
         before_x, before_y, before_sum = top_x, top_y, sum_x
-        top_x, sum_x, shrink = _add(x, top_x, sum_x, c)
-        top_y, sum_y, _ = _add(y, top_y, sum_y, c)
+        top_x, sum_x, shrink = add(x, top_x, sum_x, c)
+        top_y, sum_y, _ = add(y, top_y, sum_y, c)
         if KIND == "reverse_kl":  # of exp2(c (x - top_x)) ((x - top_x) - (y - top_y))
             x, y = x - top_x[:, None], y - top_y[:, None]
             moved = tl.where(before_sum == 0, 0.0, (before_x - top_x) - (before_y - top_y))
@@ -168,12 +77,12 @@ def _sums(
     top, sum_1, top_x, sum_x, top_y, sum_y, cross = lowest, zero, lowest, zero, lowest, zero, zero
     for start in range(0, full, BLOCK):
         top, sum_1, top_x, sum_x, top_y, sum_y, cross = _add_both(
-            _tile(start, BLOCK), student, teacher, widths, c, (top, sum_1, top_x, sum_x, top_y, sum_y, cross), KIND,
+            tile(start, BLOCK), student, teacher, widths, c, (top, sum_1, top_x, sum_x, top_y, sum_y, cross), KIND,
             ALONE, FINISH, False,
         )  # fmt: skip
     for start in range(full, widths[0], BLOCK):
         top, sum_1, top_x, sum_x, top_y, sum_y, cross = _add_both(
-            _tile(start, BLOCK), student, teacher, widths, c, (top, sum_1, top_x, sum_x, top_y, sum_y, cross), KIND,
+            tile(start, BLOCK), student, teacher, widths, c, (top, sum_1, top_x, sum_x, top_y, sum_y, cross), KIND,
             ALONE, FINISH, True,
         )  # fmt: skip
     all_x, all_y = tl.max(top_x), tl.max(top_y)
@@ -204,10 +113,10 @@ def _mean_tile(
     MASKED: tl.constexpr,
 ) -> tl.tuple:
     """What a tile adds to the divergence and to the mean of g under q."""
-    x = _logits(student, v, shared, FINISH % 8, MASKED)
-    y = _logits(teacher, v, shared, FINISH // 8, MASKED)
-    log_q, log_p = _logprobs(x, sums[2], sums[3], numbers[0]), _logprobs(y, sums[4], sums[5], numbers[0])
-    q, _, value, g = _terms(log_q, log_p, numbers[1], KIND)
+    x = logits(student, v, shared, FINISH % 8, MASKED)
+    y = logits(teacher, v, shared, FINISH // 8, MASKED)
+    log_q, log_p = logprobs(x, sums[2], sums[3], numbers[0]), logprobs(y, sums[4], sums[5], numbers[0])
+    q, _, value, g = terms(log_q, log_p, numbers[1], KIND)
     return tl.sum(value, 1), tl.sum(q * g, 1)
 
 
@@ -228,13 +137,13 @@ def _mean(
     means = tl.zeros([BLOCK // 4], tl.float32)
     if full < shared:
         value, mean = _mean_tile(
-            _tile(full, BLOCK), student, teacher, shared, sums, numbers, KIND, FINISH, True
+            tile(full, BLOCK), student, teacher, shared, sums, numbers, KIND, FINISH, True
         )  # fmt: skip
         values += value
         means += mean
     for done in range(BLOCK, full + BLOCK, BLOCK):
         value, mean = _mean_tile(
-            _tile(full - done, BLOCK), student, teacher, shared, sums, numbers, KIND, FINISH, False
+            tile(full - done, BLOCK), student, teacher, shared, sums, numbers, KIND, FINISH, False
         )  # fmt: skip
         values += value
         means += mean
@@ -261,16 +170,16 @@ def _last_tile(
 ) -> tl.tensor:
     """Writes the gradient of a tile; returns what it adds to the divergence."""
     c, share, kd_factor, lm_factor = numbers
-    x = _logits(student, v, widths[0], FINISH % 8, MASKED)
+    x = logits(student, v, widths[0], FINISH % 8, MASKED)
     total = x * 0.0
     value = x * 0.0
     if KIND != "none":
-        y = _logits(teacher, v, widths[1], FINISH // 8, MASKED)
+        y = logits(teacher, v, widths[1], FINISH // 8, MASKED)
         shared_x = x
         if MASKED:
             shared_x = tl.where(v < widths[1], x, -float("inf"))
-        log_q, log_p = _logprobs(shared_x, sums[2], sums[3], c), _logprobs(y, sums[4], sums[5], c)
-        q, p, value, g = _terms(log_q, log_p, share, KIND)
+        log_q, log_p = logprobs(shared_x, sums[2], sums[3], c), logprobs(y, sums[4], sums[5], c)
+        q, p, value, g = terms(log_q, log_p, share, KIND)
         if KIND == "forward_kl":
             total = kd_factor * (q - p)
         else:
@@ -317,12 +226,12 @@ def _last(
         if BACK:
             start = full - BLOCK - done
         values += _last_tile(
-            _tile(start, BLOCK), student, teacher, gradient, label, widths, sums, mean, numbers, KIND, LM, SAME,
+            tile(start, BLOCK), student, teacher, gradient, label, widths, sums, mean, numbers, KIND, LM, SAME,
             GRADIENT, FINISH, False,
         )  # fmt: skip
     for start in range(full, widths[0], BLOCK):
         values += _last_tile(
-            _tile(start, BLOCK), student, teacher, gradient, label, widths, sums, mean, numbers, KIND, LM, SAME,
+            tile(start, BLOCK), student, teacher, gradient, label, widths, sums, mean, numbers, KIND, LM, SAME,
             GRADIENT, FINISH, True,
         )  # fmt: skip
     return tl.sum(values)
@@ -378,7 +287,7 @@ def fused_rows(
     gradient += row * gradient_stride
     one = (student + row * student_stride, student_bias, student_scale, student_cap)
     other = (teacher + row * teacher_stride, teacher_bias, teacher_scale, teacher_cap)
-    unit: tl.constexpr = 1.0 if KIND == "total_variation" else LN_2  # of values and g, see `_terms`
+    unit: tl.constexpr = 1.0 if KIND == "total_variation" else LN_2  # of values and g, see `terms`
     scaled: tl.constexpr = 1.0 if KIND == "total_variation" or KIND == "forward_kl" else LN_2
     widths, c = (vocab, shared), inv_t * LOG2_E
     full = shared // BLOCK * BLOCK  # from where on tiles are masked
@@ -386,7 +295,7 @@ def fused_rows(
     sums = _sums(one, other, widths, full, c, KIND, LM, SAME, FINISH, BLOCK)
     label = tl.load(labels + row)
     if LM:
-        at_label = _logits(one, label, vocab, FINISH % 8, False)
+        at_label = logits(one, label, vocab, FINISH % 8, False)
         tl.store(lm_values + row, sums[0] - at_label + sums[1] * LN_2)
     TWO: tl.constexpr = KIND == "none" or KIND == "forward_kl" or KIND == "reverse_kl"
     value, mean = 0.0, sums[6]
