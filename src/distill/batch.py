@@ -1,6 +1,7 @@
 """A batch of training or validation: the tokens of both models, and the counts that make its losses add up.
 
-Shapes: B rows, L positions, N valid tokens (positions whose next token has a label), D width.
+Shapes: B rows, L positions, N valid tokens (positions whose next token has a label), D width; where the two models have
+tokenizers of their own, L' positions of the teacher, G groups of teacher ids, E entries of all groups.
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -124,6 +125,46 @@ class Tokens:
 
 
 @dataclass(frozen=True, eq=False)
+class Pairs:
+    """Where each valid token of the student stands between the teacher's tokens, where the tokenizers differ.
+
+    At the student's position n, c is the byte behind its token, k the last of the teacher's positions that ends at or
+    before c, and u the bytes between the two, with which the teacher's next token begins.
+
+    Args:
+        teacher_N: int64, flat index b L' + t of k in the teacher's rows; 0 where there is no target.
+        group_N: int64, 0 where u is empty, from 1 on the group of teacher tokens that begin with u and go on; -1 where
+            there is no target.
+        starts_G: int64 [G + 1], the first entry of each group, from group 1 on, and the number of all.
+        teacher_ids_E: int64, the ids of a group.
+        student_ids_E: int64, the first id of the student for what a teacher's token has left behind u.
+    """
+
+    teacher_N: Tensor
+    group_N: Tensor
+    starts_G: Tensor
+    teacher_ids_E: Tensor
+    student_ids_E: Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> "Pairs":
+        """The same on another device; see `Batch.to`."""
+        if non_blocking is None:
+            non_blocking = torch.device(device).type == "cuda"
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Pairs":
+        """The same in pinned host memory."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Any) -> "Pairs":
+        return replace(self, **{name: change(value) for name, value in self.tensors().items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name."""
+        return {field.name: value for field in fields(self) if isinstance(value := getattr(self, field.name), Tensor)}
+
+
+@dataclass(frozen=True, eq=False)
 class Batch:
     """What a loader yields.
 
@@ -135,6 +176,7 @@ class Batch:
         bytes: of text behind the labels.
         rows: numbers of the rows in the table that they come from, those of training and validation distinct; none for
             a stream's, and for a row without labels that only keeps the ranks in step.
+        pairs: how the tokens of the two meet; None unless the tokenizers differ.
     """
 
     student: Tokens
@@ -142,6 +184,11 @@ class Batch:
     units: dict[str, int]
     bytes: int
     rows: tuple[int, ...] = ()
+    pairs: Pairs | None = None
+
+    def count(self, unit: str) -> int:
+        """Units of a kind; the targets of `kd_loss` are all tokens unless the tokenizers differ."""
+        return self.units["tokens" if unit == "targets" and unit not in self.units else unit]
 
     def to(self, device: torch.device | str, non_blocking: bool | None = None) -> "Batch":
         """The same on another device.
@@ -151,18 +198,23 @@ class Batch:
             non_blocking: whether the host goes on meanwhile; None = on the way to a CUDA device, for Lightning asks for
                 it for bare tensors alone, and would wait for each of a batch's.
         """
-        return self._with(self.student.to(device, non_blocking), lambda: self.teacher.to(device, non_blocking))
+        return self._each(lambda part: part.to(device, non_blocking))
 
     def pin_memory(self) -> "Batch":
         """The same in pinned host memory."""
-        return self._with(self.student.pin_memory(), self.teacher.pin_memory)
+        return self._each(lambda part: part.pin_memory())
 
-    def _with(self, student: Tokens, teacher: Any) -> "Batch":
-        return replace(self, student=student, teacher=student if self.teacher is self.student else teacher())
+    def _each(self, change: Any) -> "Batch":
+        student: Tokens = change(self.student)
+        teacher = student if self.teacher is self.student else change(self.teacher)
+        pairs = None if self.pairs is None else change(self.pairs)
+        return replace(self, student=student, teacher=teacher, pairs=pairs)
 
     def plain(self) -> dict[str, Any]:
         """Tensors and numbers by name, so that a saved batch loads without this program."""
         parts: dict[str, Any] = {**self.student.tensors(), "packed": self.student.packed}
         if self.teacher is not self.student:
             parts["teacher"] = {**self.teacher.tensors(), "packed": self.teacher.packed}
+        if self.pairs is not None:
+            parts["pairs"] = self.pairs.tensors()
         return parts | {"units": self.units, "bytes": self.bytes, "rows": list(self.rows)}

@@ -25,7 +25,7 @@ from distill.models.head import lm_head_of
 from distill.models.trace import Trace, merged, trace
 from distill.teachers.source import TargetSource, Taught
 
-VOCABULARY = {"kd_loss": "tokens", "lm_loss": "tokens"}  # the losses of the engine, and their units
+VOCABULARY = {"kd_loss": "targets", "lm_loss": "tokens"}  # the losses of the engine, and their units
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def objective(
     weights = {name: state.weights[WEIGHT_KEY[name]] for name in names}
     wanted = [name for name in names if weights[name] > 0 or name in measure_inactive]
     looking = [component for component in components if any(name in wanted for name in component.units)]
-    factor = {kind: share / max(count, 1) for kind, count in batch.units.items()}
+    factor = {kind: share / max(batch.count(kind), 1) for kind in {*batch.units, *VOCABULARY.values()}}
 
     taught = None
     if "kd_loss" in wanted or looking or metrics:
@@ -97,7 +97,8 @@ def objective(
 
     wanted_weights = {name: weights[name] for name in wanted}
     options: dict[str, Any] = {"kd": kd, "temperature": state.temperature, "chunk_size": chunk_size}
-    parts = _over_vocabulary(batch, student, seen, taught, wanted_weights, factor["tokens"], options, metrics)
+    factors = {name: factor[unit] for name, unit in VOCABULARY.items()}
+    parts = _over_vocabulary(batch, student, seen, taught, wanted_weights, factors, options, metrics)
     for component in looking:
         assert taught is not None
         assert taught.trace is not None
@@ -108,7 +109,7 @@ def objective(
 
 def _over_vocabulary(
     batch: Batch, student: PreTrainedModel, seen: Trace, taught: Taught | None, weights: dict[str, float],
-    factor: float, options: dict[str, Any], metrics: bool,
+    factors: dict[str, float], options: dict[str, Any], metrics: bool,
 ) -> _Parts:  # fmt: skip
     """KD, next tokens and weight-free sums in one walk over the vocabulary wherever that is the same arithmetic."""
     whole, targets = (taught.whole, taught.targets) if taught is not None else (None, None)
@@ -119,8 +120,8 @@ def _over_vocabulary(
         *student_side,
         targets if learns else whole,
         **options,
-        kd_weight=weights["kd_loss"] * factor if learns else None,
-        lm_weight=weights["lm_loss"] * factor if "lm_loss" in weights else None,
+        kd_weight=weights["kd_loss"] * factors["kd_loss"] if learns else None,
+        lm_weight=weights["lm_loss"] * factors["lm_loss"] if "lm_loss" in weights else None,
         metrics=metrics and (not learns or targets is whole),
     )
     sums, token_stats = {"kd_loss": engine.kd_sum, "lm_loss": engine.lm_sum}, engine.stats
@@ -128,7 +129,7 @@ def _over_vocabulary(
         sums["kd_loss"] = distillation_loss(*student_side, targets, **options, kd_weight=0.0).kd_sum
     if metrics and token_stats is None:  # of the teacher's whole distribution, whatever the loss learns from
         token_stats = distillation_loss(*student_side, whole, chunk_size=options["chunk_size"], metrics=True).stats
-    raw = {name: value * factor for name, value in sums.items() if value is not None}
+    raw = {name: value * factors[name] for name, value in sums.items() if value is not None}
     return _Parts(engine.loss, raw, token_stats)
 
 

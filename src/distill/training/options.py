@@ -187,7 +187,7 @@ class ModelOptions:
     @cached_property
     def units(self) -> dict[str, str]:
         """Every loss that is on -> the kind of unit that it is a sum over, in listing order."""
-        found = {"kd_loss": "tokens"} if self.kd_loss is not None else {}
+        found = {"kd_loss": "targets"} if self.kd_loss is not None else {}
         found |= {"lm_loss": "tokens"} if self.lm_loss else {}
         for component in self.components.values():
             found |= component.units

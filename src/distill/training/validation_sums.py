@@ -41,8 +41,8 @@ class ValidationSums:
             return
         for index, (name, unit) in enumerate(self.units.items()):
             if name in breakdown.raw:
-                self._sums[0, index] += breakdown.raw[name].double() * batch.units[unit]
-                self._sums[1, index] += batch.units[unit]
+                self._sums[0, index] += breakdown.raw[name].double() * batch.count(unit)
+                self._sums[1, index] += batch.count(unit)
 
     def figures(self, strategy: Strategy, weights: dict[str, float]) -> dict[str, Tensor]:
         """The validation over all ranks by the names of the metrics table; collective."""

@@ -74,8 +74,9 @@ class StepWindow:
             hosts: all ranks, which read as many micro-batches of this step.
             start: micro-batch of the epoch from which on they are handed out; those before it count all the same.
         """
-        of_rows = [[batch.units.get(kind, 1) for kind in KINDS] for batch in self.batches]
+        kinds = [*KINDS, *(kind for kind in ("targets",) if kind in self.batches[0].units)]
+        of_rows = [[batch.units.get(kind, 1) for kind in kinds] for batch in self.batches]
         counts = hosts.sum([sum(column) for column in zip(*of_rows, strict=True)])
-        units = dict(zip(KINDS, counts, strict=True))
+        units = dict(zip(kinds, counts, strict=True))
         for batch in self.batches[max(0, start - self.first) :]:
             yield replace(batch, units=units)
