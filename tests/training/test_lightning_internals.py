@@ -220,3 +220,15 @@ def test_an_average_of_weights_is_kept_where_it_is_looked_for(tmp_path):
     callback.setup(trainer, module := Line(), "fit")
     assert internals.averaged(trainer).weight is not module.weight
     assert internals.averaged(trainer).weight == module.weight
+
+
+def test_trainer_module_and_data_know_each_other():
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, barebones=True)
+    module, data = Line(), L.LightningDataModule.from_datasets(list(range(4)))
+    with pytest.raises(RuntimeError, match="not attached"):
+        _ = module.trainer
+    internals.make_known(trainer, module, data)
+    assert module.trainer is trainer
+    assert trainer.datamodule is data
+    assert data.trainer is trainer
+    assert trainer.lightning_module is module

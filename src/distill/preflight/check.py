@@ -56,7 +56,7 @@ from distill.teachers.cache_files import is_cache
 from distill.training.callbacks.curriculum import Curriculum
 from distill.training.callbacks.refused import check_callbacks
 from distill.training.horizon import check_validation_interval, horizon_of
-from distill.training.lightning_internals import callbacks_of
+from distill.training.lightning_internals import callbacks_of, make_known
 from distill.training.module import DistillationModule
 from distill.training.muon import flops as update_flops
 from distill.training.objective import Losses
@@ -150,8 +150,7 @@ def _without_weights(source: str) -> str | None:
 def _attach(this: Check) -> int:
     """Makes trainer, module and data known to each other as fit does, and loads them; returns the horizon."""
     trainer, module, datamodule = this.trainer, this.module, this.datamodule
-    trainer.strategy.connect(module)
-    trainer._data_connector.attach_data(module, datamodule=datamodule)
+    make_known(trainer, module, datamodule)
     trainer.state.fn, trainer.training = TrainerFn.FITTING, True
     check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
     try:

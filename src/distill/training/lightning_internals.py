@@ -184,6 +184,12 @@ def averaged(trainer: L.Trainer) -> Any:
     return next((model.module for model in found if model is not None), None)
 
 
+def make_known(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule) -> None:
+    """Makes trainer, module and datamodule known to each other, which Lightning does within `fit` alone."""
+    trainer.strategy.connect(module)
+    trainer._data_connector.attach_data(module, datamodule=data)
+
+
 def load_loader_states(trainer: L.Trainer) -> None:
     """Hands the checkpoint's state to the loaders.
 
