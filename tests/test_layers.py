@@ -7,6 +7,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "distill"
 # From the bottom. `losses/engine` stands below `teachers`, whose targets compute their rows with it; the losses above.
 ORDER = [
     ("errors", "version", "stop_signals", "curriculum", "breakdown", "batch", "sources"),
+    ("vocabularies",),
     ("models",),
     ("losses.engine",),
     ("teachers",),
