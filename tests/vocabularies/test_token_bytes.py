@@ -108,14 +108,18 @@ def test_a_pickled_one_is_the_same():
 
 
 def test_a_slow_tokenizer_is_refused_in_one_line():
-    with pytest.raises(UserError, match=r"^model.teacher: object is a slow tokenizer.*; give one with a tokenizer.json$"):
+    with pytest.raises(
+        UserError, match=r"^model.teacher: object is a slow tokenizer.*; give one with a tokenizer.json$"
+    ):
         TokenBytes(object(), "model.teacher")  # type: ignore[arg-type]
 
 
 def test_tokens_without_a_byte_form_are_refused_in_one_line():
     words = Tokenizer(models.WordPiece({"<unk>": 0, "a": 1, "##b": 2, "<eos>": 3}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    with pytest.raises(UserError, match=r"^data.tokenizer: .*\(WordPiece\) has no byte form; give a tokenizer of [^\n]*$"):
+    with pytest.raises(
+        UserError, match=r"^data.tokenizer: .*\(WordPiece\) has no byte form; give a tokenizer of [^\n]*$"
+    ):
         TokenBytes(wrapped(words), "data.tokenizer")
 
 
