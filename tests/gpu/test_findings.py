@@ -6,6 +6,7 @@ import torch
 from distill.models.load import load_model
 from distill.models.precision import cast
 from distill.preflight.checks import gpu_findings
+from distill.teachers.experts import chunks
 from distill.training.options import ModelOptions
 from helpers.tiny import tiny_deepseek_v3, tiny_llama, tiny_qwen3_moe
 
@@ -83,6 +84,13 @@ def test_a_teacher_that_is_cut_is_loaded_as_it_lies_on_disk(distill, config, ass
     cli = distill("fit", config)
     assert dtypes == [torch.bfloat16]
     assert cli.model.student.dtype == torch.float32
+
+
+def test_experts_are_asked_in_few_blocks_on_a_device():
+    """128 experts of width 2,048 on 4,096 tokens in bf16: 2 GiB of outputs, which blocks for a cache cut in 64."""
+    row_bytes = 128 * 2048 * 2
+    blocks = {device: len(list(chunks(4096, row_bytes, torch.device(device)))) for device in ("cpu", "cuda")}
+    assert blocks == {"cpu": 64, "cuda": 4}
 
 
 def test_a_cpu_run_leaves_a_gpu_of_the_machine_alone(monkeypatch):

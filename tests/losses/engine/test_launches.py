@@ -50,6 +50,24 @@ def test_a_chunk_is_one_kernel_beside_its_products(device, name, dtype):
     assert not device.copies
 
 
+def test_a_torch_that_widens_no_products_rounds_them(device, monkeypatch):
+    """Sums stay in fp32 all the same; the kernel, which reads fp32 logits, is left out."""
+    arguments, plain = case(), torch.addmm
+
+    def addmm(*tensors, out_dtype=None, **options):
+        if out_dtype is not None:
+            raise TypeError("addmm() got an unexpected keyword argument 'out_dtype'")
+        return plain(*tensors, **options)
+
+    monkeypatch.setattr(torch, "addmm", addmm)
+    widens.cache_clear()
+    assert not widens("cuda")
+    device.kernels.clear()
+    loss = distillation_loss(*arguments, kd=KDLoss(), **OPTIONS, chunk_size=N).loss
+    assert "distill::fused_rows" not in device.kernels
+    assert loss.dtype == torch.float32
+
+
 def test_a_budget_of_memory_keeps_the_kernels_few(device):
     arguments = case()
     device.kernels.clear()
