@@ -35,7 +35,7 @@ class Arm:
     Args:
         make: the student.
         equal_s: whether its steps are so many fewer as its start took time for.
-        rate: whose learning rate it has: `random` or `made`.
+        rate: whose learning rate it has: of start.py's RATES.
     """
 
     make: Make
@@ -148,23 +148,27 @@ def plain_cut(layers: list[int]) -> Make:
     return lambda teacher, rows, seed: cut_layers(teacher, layers)
 
 
+CLOSED, FITTED = made(0), made(60)
 MOE = {
     "random": Arm(random_ffns, rate="random"),
     "best experts / k": Arm(of_experts(least_squares=False)),
     "best experts, least squares": Arm(of_experts(least_squares=True)),
     "greedy": Arm(greedy),
-    "sequential": Arm(made(0)),
-    "fitted": Arm(made(60)),
+    "sequential": Arm(CLOSED),
+    "fitted": Arm(FITTED),
     "fitted, 200 steps": Arm(made(200)),
-    "sequential, equal seconds": Arm(made(0), equal_s=True),
-    "fitted, equal seconds": Arm(made(60), equal_s=True),
+    "sequential, equal seconds": Arm(CLOSED, equal_s=True),
+    "fitted, equal seconds": Arm(FITTED, equal_s=True),
     "narrow, random": Arm(from_scratch, rate="random"),
     "narrow, principal axes": Arm(made(60, NARROW_WIDTH, NARROW)),
     "two layers, cut": Arm(plain_cut([0, 3])),
     "two layers, fitted": Arm(made(60, None, None, [0, 3])),
 }
+SMOL_CLOSED, SMOL_FITTED = (made(steps, None, None, SMOL_KEPT) for steps in (0, 20))
 SMOL = {
-    "cut": Arm(plain_cut(SMOL_KEPT), rate="random"),
-    "closed form, equal seconds": Arm(made(0, None, None, SMOL_KEPT), equal_s=True),
-    "fitted, equal seconds": Arm(made(30, None, None, SMOL_KEPT), equal_s=True),
+    "cut": Arm(plain_cut(SMOL_KEPT), rate="cut"),
+    "closed form": Arm(SMOL_CLOSED, rate="closed"),
+    "closed form, equal seconds": Arm(SMOL_CLOSED, equal_s=True, rate="closed"),
+    "fitted": Arm(SMOL_FITTED),
+    "fitted, equal seconds": Arm(SMOL_FITTED, equal_s=True),
 }

@@ -19,12 +19,30 @@ RATE_TIMES_WIDTH = 0.2  # 3.5e-4 at a width of 576, 1.6e-3 at 128
 Tell = Callable[[float], None]  # takes the share that is done
 
 
-def unexplained(states_ND: Tensor, target_ND: Tensor, weight_N: Tensor) -> float:
-    """Weighted |states - target|^2 / |target - its mean|^2: 0 where they agree, 1 = no better than a constant."""
-    states_ND, target_ND, weight_N1 = states_ND.float(), target_ND.float(), weight_N.float()[:, None]
-    mean_D = (target_ND * weight_N1).sum(0) / weight_N1.sum()
-    spread = ((target_ND - mean_D).square() * weight_N1).sum(dtype=torch.float64)
-    wrong = ((states_ND - target_ND).square() * weight_N1).sum(dtype=torch.float64)
+def unexplained(states_RLD: Tensor, target_RLD: Tensor, weight_RL: Tensor) -> float:
+    """Weighted |states - target|^2 / |target - its mean|^2: 0 where they agree, 1 = no better than a constant.
+
+    Row by row, so that no other state has to be held.
+
+    Args:
+        states_RLD: measured.
+        target_RLD: what they should be.
+        weight_RL: of each position's squared error; those of 0 are not looked at.
+    """
+
+    def counted() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for states_LD, target_LD, weight_L in zip(states_RLD, target_RLD, weight_RL, strict=True):
+            counts_L = weight_L > 0
+            yield states_LD[counts_L].float(), target_LD[counts_L].float(), weight_L[counts_L, None].float()
+
+    total = sum_D = spread = wrong = weight_RL.new_zeros((), dtype=torch.float64)
+    for _, target_ND, weight_N1 in counted():
+        total = total + weight_N1.sum(dtype=torch.float64)
+        sum_D = sum_D + (target_ND * weight_N1).sum(0, dtype=torch.float64)
+    mean_D = (sum_D / total).float()
+    for states_ND, target_ND, weight_N1 in counted():
+        spread = spread + ((target_ND - mean_D).square() * weight_N1).sum(dtype=torch.float64)
+        wrong = wrong + ((states_ND - target_ND).square() * weight_N1).sum(dtype=torch.float64)
     return float(wrong / spread.clamp(min=1e-30))
 
 
@@ -34,7 +52,7 @@ def token_weights(states_RLD: Tensor, counted_RL: Tensor) -> Tensor:
     Whatever reads the stream divides by that first, so an error in a state of a thousand times the usual size, which
     many models have at a few tokens, is a thousandth of what it seems; without this it is all that is fitted.
     """
-    size_RL = states_RLD.float().square().mean(-1)
+    size_RL = torch.linalg.vector_norm(states_RLD.float(), dim=-1).square() / states_RLD.shape[-1]
     least = 1e-6 * size_RL[counted_RL].mean()
     return counted_RL / size_RL.clamp(min=least)
 
@@ -61,8 +79,7 @@ class Goal:
 
     def error(self, states_RLD: Tensor) -> float:
         """The share of the target that states leave unexplained."""
-        counted_RL = self.weight_RL > 0
-        return unexplained(states_RLD[counted_RL], self.shown_RLD[counted_RL], self.weight_RL[counted_RL])
+        return unexplained(states_RLD, self.shown_RLD, self.weight_RL)
 
 
 def train_alone(

@@ -204,15 +204,10 @@ class _Making:
             write_ffn(target, block.neurons)
             return None
         counted_RL = self.rows.counted_RL
-        site = site_of(self.mine, layer, student_RLD)
-        if site.factor is None:  # behind a norm of its own: what the teacher's wrote, before that norm
-            target_ND = torch.cat(seen.outputs).flatten(0, 1)[counted_RL.flatten()].float()
-        else:
-            target_ND = ((goal.raw_RLD - site.without_RLD) / site.factor)[counted_RL]
-        task = Task(site.inputs_RLD[counted_RL], target_ND, goal.raw_weight_RL[counted_RL])
+        task, mine_seen = self._task(layer, goal, student_RLD, seen)
         if width is None and block.experts is not None:
             mine = read_block(self.mine.layers[layer])
-            gates_TE = site.seen.gates(counted_RL.numel(), mine)
+            gates_TE = mine_seen.gates(counted_RL.numel(), mine)
             assert gates_TE is not None
             refit_experts(self._elsewhere(mine), task, gates_TE[counted_RL.flatten()])
             return task
@@ -228,21 +223,33 @@ class _Making:
         write_ffn(target, chosen)
         return task
 
+    def _task(self, layer: int, goal: Goal, student_RLD: Tensor, seen: Seen) -> tuple[Task, Seen]:
+        """What an FFN is to do on the student's states, and what the one that is there did."""
+        counted_RL = self.rows.counted_RL
+        site = site_of(self.mine, layer, student_RLD)
+        if site.factor is None:  # behind a norm of its own: what the teacher's wrote, before that norm
+            target_ND = torch.cat(seen.outputs).flatten(0, 1)[counted_RL.flatten()].float()
+        else:
+            without_RLD = site.without_RLD
+            target_ND = torch.sub(goal.raw_RLD, without_RLD, out=without_RLD).div_(site.factor)[counted_RL]
+        return Task(site.inputs_ND, target_ND, goal.raw_weight_RL[counted_RL]), site.seen
+
     def _block(self, index: int) -> Block:
-        """The neurons of a teacher's layer, on the device, in fp32 and the student's axes."""
-        block = self._elsewhere(read_block(decoder_layers(self.teacher)[index]))
+        """The neurons of a teacher's layer, on the device; in fp32 and the student's axes where it has its own."""
+        block = read_block(decoder_layers(self.teacher)[index])
         if self.axes is None:
-            return block
+            return self._elsewhere(block, block.neurons.inward_PMD.dtype)
+        block = self._elsewhere(block)
         constants_ED = None if block.constants_ED is None else block.constants_ED @ self.axes.axes_DK
         neurons = self.axes.neurons(block.neurons, ffn_norm(self.teacher, index).to(self.place.device))
         return replace(block, neurons=neurons, constants_ED=constants_ED)
 
-    def _elsewhere(self, block: Block) -> Block:
-        """A block with its neurons on the device, in fp32."""
+    def _elsewhere(self, block: Block, dtype: torch.dtype = torch.float32) -> Block:
+        """A block with its neurons on the device."""
         device, constants_ED = self.place.device, block.constants_ED
         return replace(
             block,
-            neurons=block.neurons.to(device),
+            neurons=block.neurons.to(device, dtype),
             expert_M=block.expert_M.to(device),
             constants_ED=None if constants_ED is None else constants_ED.to(device, torch.float32),
         )

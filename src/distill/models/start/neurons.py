@@ -9,7 +9,7 @@ that the chosen ones can reproduce is reproduced. How strongly it pulls is decid
 tokens a neuron 0.1 gave a ten-layer SmolLM2 a KL of 2.19 where 1e-4 gave 2.84, at forty 1e-2 was as good.
 
 In fp32; activations exist for a few tokens at a time, so memory is that of a Gram matrix of the candidates and of a
-factor of the chosen, 4 (2 F)^2 + 8 F^2 bytes, whatever the number of experts.
+factor of the chosen, 4 (2 F)^2 + 8 F^2 bytes, whatever the number of experts, whose weights are made fp32 one by one.
 
 Shapes: N tokens, D width, M neurons, C candidates, F chosen neurons, E experts.
 """
@@ -64,7 +64,7 @@ def narrow_ffn(
     """An FFN of `width` neurons of the block that comes nearest to a target on calibration tokens.
 
     Args:
-        block: the candidates, in fp32.
+        block: the candidates; of half precision no more than an expert or the chosen ones are in fp32 at a time.
         task: calibration tokens.
         gates_NE: the teacher's gates, zero where it did not route; None for a dense FFN.
         width: F. Where the block has fewer neurons, the rest are random and write nothing yet.
@@ -80,11 +80,12 @@ def narrow_ffn(
         if len(candidates) > CANDIDATES * width:
             index_C = contributions(block, task, gates_NE).topk(CANDIDATES * width).indices.sort().values
             candidates, gate_M = candidates[index_C], gate_M[index_C]
+        candidates = candidates.to(states_ND.device)
         gram_CC, cross_CD = gram(candidates, task, constant)
         _add_ridge(gram_CC, ridges[0])
         chosen_F = choose(gram_CC, cross_CD, width, constant)
         del gram_CC, cross_CD
-    chosen = candidates[chosen_F]
+    chosen = candidates[chosen_F].to(states_ND.device)
     chosen = replace(
         chosen,
         outward_MD=chosen.outward_MD * gate_M[chosen_F, None],
@@ -106,7 +107,7 @@ def contributions(block: Block, task: Task, gates_NE: Tensor | None) -> Tensor:
     total_M = states_ND.new_zeros(len(block.neurons))
     for expert in block.expert_M.unique().tolist():
         index_I = (block.expert_M == expert).nonzero()[:, 0]
-        neurons = block.neurons[slice(int(index_I[0]), int(index_I[-1]) + 1)]
+        neurons = block.neurons[slice(int(index_I[0]), int(index_I[-1]) + 1)].to(states_ND.device)
         routed_N = slice(None) if expert < 0 or gates_NE is None else gates_NE[:, expert].nonzero()[:, 0]
         read_ND, scale_N = states_ND[routed_N], root_N[routed_N]
         if expert >= 0 and gates_NE is not None:
@@ -114,7 +115,8 @@ def contributions(block: Block, task: Task, gates_NE: Tensor | None) -> Tensor:
         for part in _parts(read_ND, len(neurons)):
             activations = neurons.activations(read_ND[part]) * scale_N[part, None]
             total_M[index_I] += activations.square().sum(0)
-    return total_M * block.neurons.outward_MD.square().sum(1)
+        total_M[index_I] *= neurons.outward_MD.square().sum(1)
+    return total_M
 
 
 def gram(neurons: Neurons, task: Task, constant: bool = False, start_CD: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -179,7 +181,7 @@ def choose(gram_CC: Tensor, cross_CD: Tensor, count: int, constant: bool = False
         if constant and step == 0:
             pick = order_F.new_tensor(size - 1)
         else:
-            gain_C = rest_CD.square().sum(1) / diagonal_C.clamp(min=least)
+            gain_C = torch.linalg.vector_norm(rest_CD, dim=1).square_() / diagonal_C.clamp(min=least)
             pick = gain_C.masked_fill_(taken_C, -1.0).argmax()
         pick = pick.view(1)
         column_C = gram_CC.index_select(0, pick)[0]

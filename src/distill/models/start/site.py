@@ -66,13 +66,13 @@ class Site:
     """An FFN's place in its layer.
 
     Args:
-        inputs_RLD: what it reads.
+        inputs_ND: what it reads at the positions that count.
         without_RLD: the layer's output if it wrote nothing.
         factor: by which what it writes is added to that; None where it goes through a norm first.
         seen: its routing there, where it is a MoE block.
     """
 
-    inputs_RLD: Tensor
+    inputs_ND: Tensor
     without_RLD: Tensor
     factor: float | None
     seen: Seen
@@ -82,10 +82,13 @@ class Site:
 def site_of(walk: Walk, layer: int, states_RLD: Tensor) -> Site:
     """Runs a layer without its FFN, and one part of the rows with made-up outputs in its place."""
     inputs: list[Tensor] = []
+    counted = [walk.rows.counted_RL[part] for part in walk.rows.parts()]
     written: list[Tensor] = [torch.zeros(())]
 
     def reads(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs.append(args[0] if args else kwargs["hidden_states"])
+        states_BLD = args[0] if args else kwargs["hidden_states"]
+        if len(inputs) < len(counted):
+            inputs.append(states_BLD[counted[len(inputs)]].float())
 
     def writes(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         first = output[0] if isinstance(output, tuple) else output
@@ -99,7 +102,6 @@ def site_of(walk: Walk, layer: int, states_RLD: Tensor) -> Site:
     try:
         with watching(walk.layers[layer]) as seen:
             without_RLD = walk.advance(span, states_RLD).float()
-        read_RLD = torch.cat(inputs).float()
         part = next(walk.rows.parts())
         shape = without_RLD[part].shape
         size = torch.arange(1, shape[1] + 1, device=states_RLD.device).remainder(3).add(1)[:, None]
@@ -113,7 +115,7 @@ def site_of(walk: Walk, layer: int, states_RLD: Tensor) -> Site:
     made_up_BLD = written[0].expand_as(change_BLD)
     factor = float((change_BLD * made_up_BLD).sum() / made_up_BLD.square().sum())
     linear = (change_BLD - factor * made_up_BLD).abs().max() <= 2e-2 * change_BLD.abs().max()
-    return Site(read_RLD, without_RLD, factor if bool(linear) and factor else None, seen)
+    return Site(torch.cat(inputs), without_RLD, factor if bool(linear) and factor else None, seen)
 
 
 def _nothing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:

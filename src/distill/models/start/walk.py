@@ -128,9 +128,15 @@ class Walk:
     @torch.no_grad()
     def advance(self, span: range, states_RLD: Tensor, normed: bool = False) -> Tensor:
         """States of all rows after the layers of a span [R, L, D], after the final norm if asked for."""
+        after_RLD: Tensor | None = None
         with self.present(span):
-            after = [self.through(span, states_RLD[part], part)[normed] for part in self.rows.parts()]
-        return torch.cat(after)
+            for part in self.rows.parts():
+                after_BLD = self.through(span, states_RLD[part], part)[normed]
+                if after_RLD is None:  # at once in its whole size: pieces and their sum would be two states
+                    after_RLD = after_BLD.new_empty(len(states_RLD), *after_BLD.shape[1:])
+                after_RLD[part] = after_BLD
+        assert after_RLD is not None
+        return after_RLD
 
     @contextmanager
     def present(self, span: range) -> Iterator[None]:
