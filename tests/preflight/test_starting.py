@@ -45,18 +45,24 @@ def test_a_check_tells_what_is_made_and_makes_nothing(moe, distill, tmp_path, ca
         assert f"{layer['after']:.3f}" in again
 
 
-def test_the_estimate_adds_up_what_rows_and_steps_take(monkeypatch):
-    """On a clock that counts 1 s a student, 0.1 s a row and 2 s a step."""
-    now = [0.0]
+@pytest.mark.parametrize("length", [256, 2048, 8192])
+def test_the_estimate_adds_up_what_rows_and_steps_take(monkeypatch, length):
+    """On a clock of 1 s a student, 0.1 s a row, as much where there are steps, 2 s a step and 9 s at first."""
+    now, made = [0.0], []
 
     def make(teacher, shape, rows, fit, place):
-        now[0] += 1.0 + 0.1 * len(rows.ids_RL) + 2.0 * fit.steps
+        now[0] += 1.0 + (0.2 if fit.steps else 0.1) * len(rows.ids_RL) + 2.0 * fit.steps + 9.0 * (not made)
+        made.append(shape)
         return None, []
 
     monkeypatch.setattr(estimates, "make_student", make)
     monkeypatch.setattr(estimates.time, "perf_counter", lambda: now[0])
-    rows = Rows.of(tiny.torch.zeros(50, 256, dtype=tiny.torch.long))
-    seconds, _ = estimates.estimate(None, Shape([0]), rows, StudentFit(steps=60), CPU)
-    assert seconds == pytest.approx(1 + 0.1 * 50 + 2 * 60)
+    rows = Rows.of(tiny.torch.zeros(50, length, dtype=tiny.torch.long))
+    for steps in (1, 3, 60):
+        seconds, _ = estimates.estimate(None, Shape([0, 2]), rows, StudentFit(steps=steps), CPU)
+        assert seconds == pytest.approx(1 + 0.2 * 50 + 2 * steps)
+    assert made[0].layers == [0]
+    closed_s, _ = estimates.estimate(None, Shape([0, 2]), rows, StudentFit(steps=0), CPU)
+    assert closed_s == pytest.approx(1 + 0.1 * 50)
     assert estimates.estimate(None, Shape([0]), rows.first(1), StudentFit(steps=0), CPU)[0] == pytest.approx(1.1)
     assert make_student is not make

@@ -8,7 +8,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from distill.models.layers import decoder_layers
-from distill.models.start.estimate import MORE_TOKENS, estimate
+from distill.models.start.estimate import estimate, few_and_more
 from distill.models.start.shape import Shape
 from distill.preflight.tables import show, titled
 from distill.training.module import DistillationModule
@@ -54,7 +54,7 @@ def show_start(
         f"{seconds:,.0f} s, {seconds / max(1e-9, seconds + run_s):.0%} of the run, once.",
         soft_wrap=True,
     )
-    tokens = min(MORE_TOKENS, rows.ids_RL.numel())
+    tokens = few_and_more(rows)[1] * rows.ids_RL.shape[1]
     _table(console, shape, [each.after for each in fits], f"Error of each layer, closed form on {tokens:,} tokens")
 
 

@@ -54,6 +54,18 @@ def test_another_teacher_data_or_option_is_another_student(what):
     assert digest(teacher, shape, rows, fit, CPU) != name
 
 
+@pytest.mark.parametrize("make", [tiny.tiny_deepseek_v3, tiny.tiny_gemma])
+def test_a_buffer_that_steers_the_teacher_counts(make):
+    """A router's bias is one, and an embedding's scale, which has no dimensions."""
+    teacher = make()
+    name = digest(teacher, Shape([0]), ROWS, FIT, CPU)
+    known = ("e_score_correction_bias", "embed_scale")
+    steering = [value for key, value in teacher.named_buffers() if key.endswith(known)]
+    assert steering
+    steering[-1].add_(0.5)
+    assert digest(teacher, Shape([0]), ROWS, FIT, CPU) != name
+
+
 KILLED = """
 import os, sys
 from pathlib import Path

@@ -1,8 +1,8 @@
 """Students that were made before, so that a second run of the same configuration starts at once.
 
-The name of an entry is a digest of all that it depends on: the teacher's configuration and every one of its weights,
-the shape, how it is fitted, the calibration rows and the kind of device. One process makes it under a lock while others
-of the machine wait; it appears whole or not at all, so one that was killed is made again from the start.
+The name of an entry is a digest of all that it depends on: the teacher's configuration, weights and buffers, the shape,
+how it is fitted, the calibration rows and the kind of device. One process makes it under a lock while others of the
+machine wait; it appears whole or not at all, so one that was killed is made again from the start.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from distill.models.start.shape import Shape, StudentFit
 from distill.models.start.walk import Rows
 from distill.sources import cache_dir
 
-FORMAT = 1  # goes up with every change of what is made
+FORMAT = 2  # goes up with every change of what is made
 RECORD = "student_fit.json"
 
 
@@ -93,15 +93,15 @@ def digest(teacher: PreTrainedModel, shape: Shape, rows: Rows, fit: StudentFit, 
         if tensor is not None:
             found.update(str(tuple(tensor.shape)).encode())
             found.update(_bytes(tensor))
-    for name, parameter in teacher.named_parameters():
-        found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        found.update(_bytes(parameter))
+    for name, tensor in (*teacher.named_parameters(), *teacher.named_buffers()):  # a router's bias may be a buffer
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(_bytes(tensor))
     return found.hexdigest()[:24]
 
 
 def _bytes(tensor: Tensor) -> Any:
     """The memory of a tensor."""
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
 def _write(target: Path, student: PreTrainedModel, record: dict[str, Any]) -> None:
