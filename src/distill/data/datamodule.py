@@ -22,7 +22,7 @@ from distill.data.order.loader import Reader, ResumableLoader, training_loader, 
 from distill.data.order.mixing import Split, split_rows
 from distill.data.order.stream import Stream, open_streams, validation_rows
 from distill.data.order.stream_loader import StreamLoader, stream_loader
-from distill.data.rows.packing import Packer, encoder_of, features, fingerprint, pack
+from distill.data.rows.packing import Packer, fingerprint, pack_with
 from distill.data.rows.statistics import (
     describe_held_out,
     describe_read,
@@ -30,10 +30,10 @@ from distill.data.rows.statistics import (
     describe_stream,
     describe_table,
 )
-from distill.data.rows.table import PackedRows
+from distill.data.rows.table import PackedRows, joined
+from distill.data.tokenizers import Tokenizers, load_tokenizers
 from distill.errors import UserError
 from distill.models.digests import tokenizer_digest
-from distill.models.load import load_tokenizer
 from distill.teachers.source import ReadData
 
 if TYPE_CHECKING:
@@ -113,7 +113,9 @@ class DistillationDataModule(L.LightningDataModule):
         self.per_device_batch_size, self.num_workers, self.seed = per_device_batch_size, num_workers, seed
         self.max_sequences, self.max_validation_sequences = max_sequences, max_validation_sequences
         self.trust_remote_code = trust_remote_code
-        self.tokenizer: Any = None
+        self.student_tokenizer: Any = None  # where there is no module to name one
+        self.tokenizers: Tokenizers | None = None
+        self.tokenizer: Any = None  # of the student's side
         self.train_rows: PackedRows | None = None
         self.validation_rows: PackedRows | None = None  # of the first set
         self.held_out: dict[str, PackedRows] = {}  # name -> rows, of all sets
@@ -174,7 +176,7 @@ class DistillationDataModule(L.LightningDataModule):
             return
         tables, held_out, lines = self._tables()
         if not self._weights():
-            tables, held_out = _joined(tables), {name: _joined(own) for name, own in held_out.items()}
+            tables, held_out = joined(tables), {name: joined(own) for name, own in held_out.items()}
         limits = (self.max_sequences, self.max_validation_sequences)
         splits: list[Split] = []
         numbered = sum(table.num_rows for table in tables)  # rows of other tables go on counting there
@@ -183,12 +185,12 @@ class DistillationDataModule(L.LightningDataModule):
             kept: list[int] | float = one.share or [table.num_rows for table in own]
             sizes = [table.num_rows for table in tables]
             splits.append(split_rows(sizes, kept, self._weights(), self.seed, limits, one.key))
-            self.held_out[one.name] = self._rows(_joined(own or tables)[0], splits[-1].validation, numbered * bool(own))
+            self.held_out[one.name] = self._rows(joined(own or tables)[0], splits[-1].validation, numbered * bool(own))
             numbered += sum(table.num_rows for table in own)
         holding = next((place for place, one in enumerate(self.validation_sets) if one.share is not None), 0)
         split = splits[holding]
         self._parts = split.parts
-        self.train_rows = self._rows(_joined(tables)[0], split.train)
+        self.train_rows = self._rows(joined(tables)[0], split.train)
         self.validation_rows = self.held_out[self.validation_sets[0].name]
         epoch = sum(split.parts[1]) if split.parts is not None else len(self.train_rows)
         for line in (*lines, *describe_rows(self.train_rows, self.held_out, epoch)):
@@ -205,13 +207,10 @@ class DistillationDataModule(L.LightningDataModule):
             )
         if self.streaming and self.trainer is not None and self.trainer.training and self.trainer.max_steps < 1:
             raise UserError("data.streaming: true gives data without an end; set trainer.max_steps")
-        if self.tokenizer is None:
-            source = self.tokenizer_source or getattr(module, "teacher_source", None)
-            if source is None:
-                raise UserError("data.tokenizer: null, and there is no teacher to take it from; name a model source")
-            teachers = getattr(module, "load_options", {}) if self.tokenizer_source is None else {}
-            trusted = self.trust_remote_code or teachers.get("trust_remote_code", False)
-            self.tokenizer = load_tokenizer(source, trust_remote_code=trusted)
+        if self.tokenizers is None:
+            named = (self.tokenizer_source, self.trust_remote_code, self.student_tokenizer)
+            self.tokenizers = load_tokenizers(module, *named)
+            self.tokenizer = self.tokenizers.student
 
     def _weights(self) -> list[float] | None:
         return [s.weight for s in self.sources if s.weight is not None] or None
@@ -225,7 +224,7 @@ class DistillationDataModule(L.LightningDataModule):
             documents = load_documents(source.dataset, **source.options(), key=key, tell=lines.append)
             place = partial(place_of, source.dataset, config=source.dataset_config, split=source.split or "train")
             self.conversations |= has_turns(documents.column_names, documents.features)
-            rows = pack(documents, self.tokenizer, self.sequence_length, self.packing, self.chat, key, place)
+            rows = pack_with(self._packer(), documents, key, place)
             form = form_of(documents.column_names)
             lines.append(describe_table(what, documents, rows, form, self.sequence_length))
             return rows
@@ -250,20 +249,24 @@ class DistillationDataModule(L.LightningDataModule):
         return next((one.share for one in self.validation_sets if one.share is not None), 0.0)
 
     def _rows(self, table: "Dataset", indices: np.ndarray, first: int = 0) -> PackedRows:
-        return PackedRows(table, indices, self.sequence_length, self._pad_id(), self.group_by_length, first)
+        assert self.tokenizers is not None
+        sides = (self.tokenizers.pad_id, self.group_by_length, first, self.tokenizers.pairing)
+        return PackedRows(table, indices, self.sequence_length, *sides)
+
+    def _packer(self) -> Packer:
+        assert self.tokenizers is not None
+        return self.tokenizers.packer(self.chat, self.sequence_length, self.packing)
 
     def read_data(self) -> ReadData:
         """What the run reads, as far as a teacher's targets depend on it; after `setup`."""
+        assert self.tokenizers is not None
         rows = (self.train_rows, tuple(self.held_out.values()))
-        return ReadData(tokenizer_digest(self.tokenizer), self._read(), *rows)
-
-    def _pad_id(self) -> int:
-        return next(i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if i is not None)
+        return ReadData(tokenizer_digest(self.tokenizers.teacher), self._read(), *rows)
 
     def _setup_streams(self) -> None:
         from datasets import Dataset
 
-        packer = Packer(encoder_of(self.tokenizer, self.chat), self.sequence_length, self.packing)
+        packer = self._packer()
         held_out = next((one.share for one in self.validation_sets if one.share is not None), 0.0)
         opened = partial(open_streams, packer=packer, block=self.shuffle_buffer, seed=self.seed, tell=rank_zero_info)
         self.streams = opened([(source, "data.dataset") for source in self.sources], held_out=held_out)
@@ -277,7 +280,7 @@ class DistillationDataModule(L.LightningDataModule):
                     f"{one.key}: {one.given} of the stream holds no rows; give a larger fraction, or a split or file "
                     "of its own"
                 )
-            found = self._rows(Dataset.from_list(rows, features=features()), np.arange(len(rows)))
+            found = self._rows(Dataset.from_list(rows, features=packer.features()), np.arange(len(rows)))
             self.held_out[one.name] = found
             rank_zero_info(f"Data: {describe_held_out(one.name, found)}.")
         self.validation_rows = self.held_out[self.validation_sets[0].name]
@@ -311,7 +314,9 @@ class DistillationDataModule(L.LightningDataModule):
         if self.streaming:
             sources = [repr(source) for source in self.sources]
             made_of = [sources, self.packing, self.sequence_length, self._share()]
-            self._stream_loader = stream_loader(self.streams, reader, self.trainer, read, made_of, self._pad_id())
+            assert self.tokenizers is not None
+            pads = (self.tokenizers.pad_id, self.tokenizers.pairing)
+            self._stream_loader = stream_loader(self.streams, reader, self.trainer, read, made_of, *pads)
             return self._stream_loader
         assert self.train_rows is not None
         return training_loader(self.train_rows, reader, self.trainer, read, self._share(), self._parts)
@@ -341,10 +346,3 @@ class DistillationDataModule(L.LightningDataModule):
     def test_dataloader(self) -> DataLoader | dict[str, DataLoader]:
         """The validation rows."""
         return self.val_dataloader()
-
-
-def _joined(tables: list["Dataset"]) -> list["Dataset"]:
-    """The tables as one."""
-    from datasets import concatenate_datasets
-
-    return tables if len(tables) < 2 else [concatenate_datasets(tables)]

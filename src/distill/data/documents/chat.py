@@ -120,19 +120,60 @@ class Renderer:
             raise DocumentError(f"the chat template refuses it ({reason})", "repair or remove it") from error
 
 
-def encode_conversation(
-    tokenizer: Any, conversation: Conversation, chat: Chat, prompt: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Ids, int32 [T], and which of them are targets, bool [T].
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as text and as tokens.
 
     Args:
-        tokenizer: a fast tokenizer.
-        conversation: messages and what is said of them.
-        chat: template and choice of targets.
-        prompt: this many messages at the beginning are no targets, whoever says them.
+        turns: where its messages lie in its text.
+        ids_T: int32.
+        starts_T: first character of each token, int64; see `covered`.
+        ends_T: the character behind it.
+    """
+
+    turns: "Turns"
+    ids_T: np.ndarray
+    starts_T: np.ndarray
+    ends_T: np.ndarray
+
+    def within(self, spans: Spans) -> np.ndarray:
+        """Which tokens hold a character of some stretches of the text, bool [T]."""
+        held_T = np.zeros(len(self.ids_T), dtype=bool)
+        for start, stop in spans:
+            held_T |= (self.starts_T < stop) & (self.ends_T > np.maximum(self.starts_T, start))
+        return held_T
+
+    def targets(self, conversation: Conversation, completion_only_loss: bool, prompt: int) -> np.ndarray:
+        """Which tokens are targets, bool [T]; see `encode_conversation`."""
+        turns, messages, text = self.turns, self.turns.messages, self.turns.text
+        unlearnt = [index for index, learnt in enumerate(conversation.learnt) if learnt is False]
+        if not completion_only_loss:
+            return ~self.within([turns.span(index) for index in unlearnt])
+        said = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        targets_T = np.zeros(len(self.ids_T), dtype=bool)
+        if MARK.search(turns.renderer.template):
+            if prompt < len(messages):
+                opening = turns.opening(prompt) if prompt else 0
+                targets_T = self.within(turns.renderer.marked(messages)) & (self.ends_T > opening)
+            return targets_T & ~self.within([turns.span(index) for index in unlearnt if index in said])
+        special_T = np.isin(self.ids_T, turns.renderer.tokenizer.all_special_ids)
+        for index in said:
+            if index < prompt or index in unlearnt:
+                continue
+            start, stop = turns.span(index)
+            span_T = self.within([(start, stop)])
+            turn_ends = np.flatnonzero(span_T & special_T)
+            if len(turn_ends) and not text[self.ends_T[turn_ends[-1]] : stop].strip():
+                span_T[turn_ends[-1] + 1 :] = False
+            targets_T |= span_T
+        return targets_T
+
+
+def rendered(tokenizer: Any, conversation: Conversation, chat: Chat) -> Rendered:
+    """A conversation through a template and a tokenizer.
 
     Raises:
-        DocumentError: the template refuses the messages, or completions cannot be told.
+        DocumentError: the template refuses the messages.
         UserError: there is no template.
     """
     options = {**chat.template_options, **conversation.options}
@@ -151,34 +192,26 @@ def encode_conversation(
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids_T = np.asarray(encoded["input_ids"], dtype=np.int32)
     starts_T, ends_T = covered(np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2))
+    return Rendered(Turns(renderer, messages, text), ids_T, starts_T, ends_T)
 
-    def within(spans: Spans) -> np.ndarray:
-        held_T = np.zeros(len(ids_T), dtype=bool)
-        for start, stop in spans:
-            held_T |= (starts_T < stop) & (ends_T > np.maximum(starts_T, start))
-        return held_T
 
-    turns = Turns(renderer, messages, text)
-    unlearnt = [index for index, learnt in enumerate(conversation.learnt) if learnt is False]
-    if not chat.completion_only_loss:
-        return ids_T, ~within([turns.span(index) for index in unlearnt])
-    said = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    targets_T = np.zeros(len(ids_T), dtype=bool)
-    if MARK.search(renderer.template):
-        if prompt < len(messages):
-            targets_T = within(renderer.marked(messages)) & (ends_T > (turns.opening(prompt) if prompt else 0))
-        return ids_T, targets_T & ~within([turns.span(index) for index in unlearnt if index in said])
-    special_T = np.isin(ids_T, tokenizer.all_special_ids)
-    for index in said:
-        if index < prompt or index in unlearnt:
-            continue
-        start, stop = turns.span(index)
-        span_T = within([(start, stop)])
-        turn_ends = np.flatnonzero(span_T & special_T)
-        if len(turn_ends) and not text[ends_T[turn_ends[-1]] : stop].strip():
-            span_T[turn_ends[-1] + 1 :] = False
-        targets_T |= span_T
-    return ids_T, targets_T
+def encode_conversation(
+    tokenizer: Any, conversation: Conversation, chat: Chat, prompt: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids, int32 [T], and which of them are targets, bool [T].
+
+    Args:
+        tokenizer: a fast tokenizer.
+        conversation: messages and what is said of them.
+        chat: template and choice of targets.
+        prompt: this many messages at the beginning are no targets, whoever says them.
+
+    Raises:
+        DocumentError: the template refuses the messages, or completions cannot be told.
+        UserError: there is no template.
+    """
+    found = rendered(tokenizer, conversation, chat)
+    return found.ids_T, found.targets(conversation, chat.completion_only_loss, prompt)
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,15 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 
 from distill.batch import IGNORE
-from distill.data.documents.chat import Chat, decoded_bytes, encode_conversation, template_of
+from distill.data.documents.chat import Chat, Rendered, decoded_bytes, rendered, template_of
 from distill.data.documents.forms import form_of, restored
-from distill.data.documents.messages import conversation_of
+from distill.data.documents.messages import Conversation, conversation_of
 from distill.data.documents.offsets import whole_offsets
 from distill.data.documents.reading import without_nulls
 from distill.data.documents.tokens import tokens_of
@@ -25,6 +26,7 @@ from distill.errors import DocumentError, UserError
 
 TOLD = 3  # bad documents that an error names
 Document = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids and labels, int32 [T]; bytes, int64 [T]
+Encoded = TypeVar("Encoded")
 
 
 def byte_counts(text: str, ends_T: np.ndarray) -> np.ndarray:
@@ -105,37 +107,16 @@ class Encoder:
         form = form_of(list(batch))
         if form == "text":
             return [(ids_T, ids_T, bytes_T) for ids_T, bytes_T in tokenize(self.tokenizer, batch["text"])]
-        rows = [
-            {name: _plain(value) for name, value in zip(batch, values, strict=True)}
-            for values in zip(*batch.values(), strict=True)
-        ]
+        rows = plain_rows(batch)
+        told = partial(each, rows=rows, first=first, place=self.place, source=self.source)
         if form == "tokens":
-            return self._each(self._tokens, rows, first)
+            return told(self._tokens)
         if form == "messages":
-            return self._each(self._conversation, rows, first)
-        if not any(isinstance(row[side], str) for row in rows for side in ("prompt", "completion")):
-            return self._each(self._reply, rows, first)
-        self._each(_check_sides, rows, first)
-        return self._completions([row["prompt"] for row in rows], [row["completion"] for row in rows])
-
-    def _each(self, encode: Callable[..., list[Document]], rows: list[dict[str, Any]], first: int) -> list[Document]:
-        """Documents row by row; of rows that cannot be encoded the first few are told in one error."""
-        documents: list[Document] = []
-        bad: list[DocumentError] = []
-        places: dict[str, list[str]] = {}
-        for number, row in enumerate(rows, start=first + 1):
-            try:
-                documents += encode(**row)
-            except DocumentError as error:
-                bad.append(error)
-                if (error.key, error.remedy) == (bad[0].key, bad[0].remedy):
-                    places.setdefault(error.reason, []).append(self.place(number, tuple(row.values())))
-                if len(bad) == TOLD:
-                    break
-        if bad:
-            told = "; ".join(f"{', '.join(where)}: {reason}" for reason, where in places.items())
-            raise UserError(f"{bad[0].key or self.source}: {told}; {bad[0].remedy}") from bad[0]
-        return documents
+            return told(self._conversation)
+        if not are_texts(rows):
+            return told(self._reply)
+        told(check_sides)
+        return self.completions([row["prompt"] for row in rows], [row["completion"] for row in rows])
 
     def key(self, form: str) -> list[Any]:
         """What the result depends on beside the documents, as plain values."""
@@ -159,11 +140,16 @@ class Encoder:
     def _conversation(self, messages: Any = None, prompt: int = 0, **more: Any) -> list[Document]:
         if not messages:
             return [_empty()]
-        ids_T, targets_T = encode_conversation(self.tokenizer, conversation_of(messages, **more), self.chat, prompt)
-        labels_T = np.where(targets_T, ids_T, IGNORE).astype(np.int32)
-        return [(ids_T, labels_T, decoded_bytes(self.tokenizer, ids_T))]
+        conversation = conversation_of(messages, **more)
+        return [self.labelled(rendered(self.tokenizer, conversation, self.chat), conversation, prompt)]
 
-    def _completions(self, prompts: list[str | None], completions: list[str | None]) -> list[Document]:
+    def labelled(self, found: Rendered, conversation: Conversation, prompt: int) -> Document:
+        """A conversation with its targets; see `encode_conversation`."""
+        targets_T = found.targets(conversation, self.chat.completion_only_loss, prompt)
+        labels_T = np.where(targets_T, found.ids_T, IGNORE).astype(np.int32)
+        return found.ids_T, labels_T, decoded_bytes(self.tokenizer, found.ids_T)
+
+    def completions(self, prompts: list[str | None], completions: list[str | None]) -> list[Document]:
         """Texts of which the tokens that hold a character of the completion, and the last, are targets."""
         pairs = [(prompt or "", completion or "") for prompt, completion in zip(prompts, completions, strict=True)]
         documents = []
@@ -182,12 +168,62 @@ class Encoder:
         return [(*part, decoded_bytes(self.tokenizer, part[0])) for part in parts] or [_empty()]
 
 
+def each(
+    encode: Callable[..., list[Encoded]],
+    rows: Sequence[dict[str, Any]],
+    first: int,
+    place: Callable[[int, Any], str],
+    source: str,
+) -> list[Encoded]:
+    """Documents row by row; of rows that cannot be encoded the first few are told in one error.
+
+    Args:
+        encode: called with a row's columns.
+        rows: plain values by column.
+        first: rows before these.
+        place: see `Encoder`, as for the next.
+        source: likewise.
+
+    Raises:
+        UserError: names those rows.
+    """
+    documents: list[Encoded] = []
+    bad: list[DocumentError] = []
+    places: dict[str, list[str]] = {}
+    for number, row in enumerate(rows, start=first + 1):
+        try:
+            documents += encode(**row)
+        except DocumentError as error:
+            bad.append(error)
+            if (error.key, error.remedy) == (bad[0].key, bad[0].remedy):
+                places.setdefault(error.reason, []).append(place(number, tuple(row.values())))
+            if len(bad) == TOLD:
+                break
+    if bad:
+        told = "; ".join(f"{', '.join(where)}: {reason}" for reason, where in places.items())
+        raise UserError(f"{bad[0].key or source}: {told}; {bad[0].remedy}") from bad[0]
+    return documents
+
+
+def plain_rows(batch: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """The rows of a batch of columns, with nested values as their files had them."""
+    return [
+        {name: _plain(value) for name, value in zip(batch, values, strict=True)}
+        for values in zip(*batch.values(), strict=True)
+    ]
+
+
+def are_texts(rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether prompts and completions are texts rather than lists of messages."""
+    return any(isinstance(row[side], str) for row in rows for side in ("prompt", "completion"))
+
+
 def _plain(value: Any) -> Any:
     """A value as its file had it; a table's own nested types fill with null what a row lacks."""
     return restored(value) if isinstance(value, bytes) else without_nulls(value)
 
 
-def _check_sides(
+def check_sides(
     prompt: str | None, completion: str | None, tools: Any = None, chat_template_kwargs: Any = None
 ) -> list[Document]:
     """Refuses what texts have no place for."""

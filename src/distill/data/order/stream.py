@@ -28,6 +28,7 @@ from distill.data.documents.files import open_stream
 from distill.data.documents.forms import form_of
 from distill.data.documents.sources import Source
 from distill.data.rows.packing import Packer, no_labels
+from distill.data.rows.paired import Pairing
 from distill.data.rows.table import collate
 from distill.errors import UserError
 
@@ -71,7 +72,7 @@ class Stream:
                 name: [value for value, kept in zip(values, keep, strict=True) if kept]
                 for name, values in columns.items()
             }
-        return replace(self.packer, documents=None, seen=0, rest=[]).rows(columns)
+        return replace(self.packer, documents=None).rows(columns)
 
     def _is_held_out(self, document: tuple[Any, ...]) -> bool:
         return zlib.crc32(json.dumps(document, default=str).encode()) < self.held_out * 2**32
@@ -183,12 +184,14 @@ class StreamBatches(torch.utils.data.IterableDataset):
         rank: of this process.
         world_size: W.
         workers: processes that read.
+        pairing: of rows with tokens of two tokenizers; None = of one.
     """
 
     def __init__(
-        self, streams: list[Stream], batch_size: int, pad_id: int, rank: int, world_size: int, workers: int
-    ) -> None:
-        self.streams, self.batch_size, self.pad_id = streams, batch_size, pad_id
+        self, streams: list[Stream], batch_size: int, pad_id: int, rank: int, world_size: int, workers: int,
+        pairing: Pairing | None = None,
+    ) -> None:  # fmt: skip
+        self.streams, self.batch_size, self.pad_id, self.pairing = streams, batch_size, pad_id, pairing
         self.rank, self.world_size, self.workers = rank, world_size, max(1, workers)
         self.place: Place = {"turn": 0, "readers": [None] * self.workers}
 
@@ -213,6 +216,8 @@ class StreamBatches(torch.utils.data.IterableDataset):
                 rows.append(row)
                 for name in COUNTS:
                     counts[name] += row[name]
-            units = {name: sum(row[name] for row in rows) for name in ("tokens", "queries")}
-            batch = collate(rows, self.streams[0].packer.sequence_length, self.pad_id, units)
+            kinds = ("tokens", "queries") if self.pairing is None else ("tokens", "queries", "targets")
+            units = {name: sum(row[name] for row in rows) for name in kinds}
+            length = self.streams[0].packer.sequence_length
+            batch = collate(rows, length, self.pad_id, units, pairing=self.pairing)
             yield batch, {"sources": list(places), "rows": list(taken), **counts}

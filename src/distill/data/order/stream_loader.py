@@ -19,6 +19,7 @@ from distill.data.order.loader import Reader, TrainingLoader, check_layout
 from distill.data.order.stream import COUNTS, Place, Stream, StreamBatches
 from distill.data.order.window import Hosts, StepWindow
 from distill.data.rows.packing import fingerprint
+from distill.data.rows.paired import Pairing
 
 
 class StreamLoader(TrainingLoader):
@@ -90,6 +91,7 @@ def stream_loader(
     read: dict[str, Any],
     made_of: list[Any],
     pad_id: int,
+    pairing: Pairing | None = None,
 ) -> StreamLoader:
     """The loader of training streams.
 
@@ -100,9 +102,11 @@ def stream_loader(
         read: what the user asked for, for an error that says what has changed since a checkpoint was written.
         made_of: plain values on which the documents and their rows depend.
         pad_id: token that pads.
+        pairing: of streams with tokens of two tokenizers.
     """
     options = [stream.packer.encoder.key(form_of(list(stream.columns))) for stream in streams]
     layout = reader.layout(read, fingerprint(options, *made_of))
     layout |= {"data.num_workers": reader.workers, "data.shuffle_buffer": streams[0].block}
-    batches = StreamBatches(streams, reader.batch_size, pad_id, reader.rank, reader.world_size, workers=reader.workers)
+    ranks = (reader.rank, reader.world_size, reader.workers)
+    batches = StreamBatches(streams, reader.batch_size, pad_id, *ranks, pairing)
     return StreamLoader(batches, trainer, layout, **reader.options())

@@ -5,8 +5,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
-from distill.data.rows.packing import LISTS
-
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -24,12 +22,13 @@ def row_digests(table: "Dataset", indices_R: np.ndarray) -> np.ndarray:
     wanted[indices_R] = True
     digests_T2 = np.zeros((table.num_rows, 2), dtype=np.uint64)
     first = 0
-    for part in table.data.select(LISTS).to_batches():
-        columns = [part.column(name) for name in LISTS]
+    lists = [field.name for field in table.data.schema if hasattr(field.type, "value_type")]
+    for part in table.data.select(lists).to_batches():
+        columns = [part.column(name) for name in lists]
         values = [memoryview(column.values.to_numpy()).cast("B") for column in columns]
         edges = [column.offsets.to_numpy().astype(np.int64) * column.values.type.bit_width // 8 for column in columns]
         for row in np.flatnonzero(wanted[first : first + part.num_rows]):
-            digest = xxhash.xxh3_128(seed=len(LISTS))
+            digest = xxhash.xxh3_128(seed=len(lists))
             for value, edge in zip(values, edges, strict=True):
                 digest.update(value[edge[row] : edge[row + 1]])
             whole = digest.intdigest()

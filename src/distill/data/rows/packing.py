@@ -11,9 +11,9 @@ Letters: D documents, T tokens of one document, S tokens of a stream, L tokens o
 import bisect
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -44,11 +44,11 @@ ROW_FORMAT = 3  # part of the cache's key; a change of what a row holds is a new
 BLOCK = {"text": 256}  # documents of one call: long ones where texts are joined, more where rows are filled by fit
 
 
-def features() -> "Features":
+def features(lists: Sequence[str] = LISTS, numbers: Sequence[str] = NUMBERS) -> "Features":
     """The columns of packed rows."""
     from datasets import Features, List, Value
 
-    return Features({name: List(Value("int32")) for name in LISTS} | {name: Value("int64") for name in NUMBERS})
+    return Features({name: List(Value("int32")) for name in lists} | {name: Value("int64") for name in numbers})
 
 
 @dataclass(frozen=True)
@@ -131,12 +131,18 @@ class Packer:
     sequence_length: int
     packing: bool
     documents: int | None = None
-    seen: int = 0
-    rest: list[Piece] = field(default_factory=list)
+    seen: int = field(default=0, init=False)
+    rest: list[Piece] = field(default_factory=list, init=False)
+    lists: ClassVar[tuple[str, ...]] = LISTS  # the columns of a row
+    numbers: ClassVar[tuple[str, ...]] = NUMBERS
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         rows = self.rows(batch)
-        return {name: [row[name] for row in rows] for name in (*LISTS, *NUMBERS)}
+        return {name: [row[name] for row in rows] for name in (*self.lists, *self.numbers)}
+
+    def features(self) -> "Features":
+        """The columns of its rows."""
+        return features(self.lists, self.numbers)
 
     def rows(self, batch: dict[str, list[Any]]) -> list[dict[str, Any]]:
         """The rows that a batch of the columns of a form completes."""
@@ -212,22 +218,28 @@ def pack(
     Raises:
         UserError: the tokenizer gives no offsets, a document is not of its form, or no row has a label.
     """
-    encoder = encoder_of(tokenizer, chat)
-    encoder = replace(encoder, place=place or encoder.place, source=key)
+    return pack_with(Packer(encoder_of(tokenizer, chat), sequence_length, packing), documents, key, place)
+
+
+def pack_with(
+    packer: Packer, documents: "Dataset", key: str = "data.dataset", place: Callable[[int, Any], str] | None = None
+) -> "Dataset":
+    """The same with a packer that has nothing begun; see `pack`."""
+    encoder = replace(packer.encoder, place=place or packer.encoder.place, source=key)
     form = form_of(documents.column_names)
     options = encoder.key(form)
     with bars_on_terminals():
         rows = documents.map(
-            Packer(encoder, sequence_length, packing, documents.num_rows),
+            replace(packer, encoder=encoder, documents=documents.num_rows),
             batched=True,
             batch_size=BLOCK.get(form, 1024),
             remove_columns=documents.column_names,
-            features=features(),
-            new_fingerprint=fingerprint(documents._fingerprint, options, sequence_length, packing),
+            features=packer.features(),
+            new_fingerprint=fingerprint(documents._fingerprint, options, packer.sequence_length, packer.packing),
             desc="Tokenising and packing",
         )
     if not rows.num_rows:
-        raise no_labels(key, documents.num_rows, sequence_length, form)
+        raise no_labels(key, documents.num_rows, packer.sequence_length, form)
     return rows
 
 

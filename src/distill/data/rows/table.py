@@ -17,6 +17,7 @@ import torch
 
 from distill.batch import IGNORE, Batch, Tokens
 from distill.data.rows.digests import row_digests
+from distill.data.rows.paired import Pairing
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class PackedRows(torch.utils.data.Dataset):
         pad_id: token that pads.
         shortest: pad batches to their longest row instead of L.
         first_number: what batches call the table's first row, so that rows of two tables have numbers of their own.
+        pairing: of rows with tokens of two tokenizers; None = of one. Batches of these are padded to their longest row.
     """
 
     def __init__(
@@ -59,11 +61,13 @@ class PackedRows(torch.utils.data.Dataset):
         pad_id: int,
         shortest: bool = False,
         first_number: int = 0,
+        pairing: Pairing | None = None,
     ) -> None:
         self.table = table.with_format("numpy")
         self.indices, self.sequence_length, self.pad_id, self.shortest = indices, sequence_length, pad_id, shortest
-        self.first_number = first_number
-        self.units_R = {name: self.column(name) for name in ("tokens", "queries")}
+        self.first_number, self.pairing = first_number, pairing
+        kinds = ("tokens", "queries") if pairing is None else ("tokens", "queries", "targets")
+        self.units_R = {name: self.column(name) for name in kinds}
 
     def column(self, name: str) -> np.ndarray:
         """A column of numbers, int64 [R]."""
@@ -99,17 +103,15 @@ class PackedRows(torch.utils.data.Dataset):
     def __getitems__(self, micro_batch: MicroBatch) -> Batch:
         """The batch that a sampler asks for; the units travel with the request."""
         rows = self._read(micro_batch.indices)
-        length = self.sequence_length
-        if self.shortest:
-            length = shape_of(rows, length)
+        length = shape_of(rows, self.sequence_length) if self.shortest else self.sequence_length
         numbers = tuple(int(self.indices[index]) + self.first_number for index in micro_batch.indices)
-        return collate(rows, length, self.pad_id, micro_batch.units, numbers)
+        return collate(rows, length, self.pad_id, micro_batch.units, numbers, self.pairing)
 
 
 def shape_of(rows: Sequence[dict[str, Any]], sequence_length: int) -> int:
     """Length of a batch that holds its longest row, a multiple of MULTIPLE or `sequence_length`."""
     longest = max((len(row["input_ids"]) for row in rows), default=1)
-    return min(sequence_length, -(-longest // MULTIPLE) * MULTIPLE)
+    return min(sequence_length, -(-max(longest, 1) // MULTIPLE) * MULTIPLE)
 
 
 def collate(
@@ -118,6 +120,7 @@ def collate(
     pad_id: int,
     units: dict[str, int],
     numbers: tuple[int, ...] = (),
+    pairing: Pairing | None = None,
 ) -> Batch:
     """A batch of packed rows, or one dummy row without labels where there are none.
 
@@ -127,7 +130,29 @@ def collate(
         pad_id: token that pads on the right.
         units: passed through.
         numbers: of the rows in their table, passed through.
+        pairing: of rows that have a teacher's side too.
     """
+    text_bytes = int(sum(row["bytes"] for row in rows))
+    if pairing is None:
+        tokens = _padded(rows, sequence_length, pad_id)
+        return Batch(tokens, tokens, units, text_bytes, numbers)
+    student = _padded(rows, shape_of(rows, sequence_length), pad_id)
+    theirs = [_of_teacher(row) for row in rows]
+    teacher = _padded(theirs, shape_of(theirs, sequence_length), pairing.pad_id)
+    places = (teacher.input_ids.numpy(), student.input_ids.numpy(), student.positions.numpy())
+    return Batch(student, teacher, units, text_bytes, numbers, pairing.pairs(rows, *places))
+
+
+def _of_teacher(row: dict[str, Any]) -> dict[str, Any]:
+    """The teacher's side of a row as if there were no other; all of its tokens but the first of a document count."""
+    lengths = np.asarray(row["teacher_document_lengths"], dtype=np.int64)
+    labels_L = np.array(row["teacher_input_ids"])
+    labels_L[np.cumsum(lengths) - lengths] = IGNORE
+    return {"input_ids": row["teacher_input_ids"], "labels": labels_L, "document_lengths": lengths}
+
+
+def _padded(rows: Sequence[dict[str, Any]], sequence_length: int, pad_id: int) -> Tokens:
+    """One side's tokens of some rows."""
     shape = (max(1, len(rows)), sequence_length)
     input_ids_BL, labels_BL = np.full(shape, pad_id), np.full(shape, IGNORE)
     attention_mask_BL, position_ids_BL = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
@@ -144,7 +169,7 @@ def collate(
     shifted_BL = np.roll(labels_BL, -1, axis=1)
     shifted_BL[:, -1] = IGNORE
     lengths_D = np.concatenate(segments_D)
-    tokens = Tokens(
+    return Tokens(
         input_ids=torch.from_numpy(input_ids_BL),
         labels=torch.from_numpy(labels_BL),
         attention_mask=torch.from_numpy(attention_mask_BL),
@@ -154,7 +179,13 @@ def collate(
         starts=torch.from_numpy(np.append(0, np.cumsum(lengths_D)).astype(np.int32)),
         longest=int(lengths_D.max()),
     )
-    return Batch(tokens, tokens, units, int(sum(row["bytes"] for row in rows)), numbers)
+
+
+def joined(tables: list["Dataset"]) -> list["Dataset"]:
+    """Tables as one."""
+    from datasets import concatenate_datasets
+
+    return tables if len(tables) < 2 else [concatenate_datasets(tables)]
 
 
 def as_is(batch: Batch) -> Batch:
