@@ -1,4 +1,4 @@
-"""What the messages of a conversation say, in a text that a template made of them: the template's own words left out."""
+"""Where the contents of messages lie in a text that a template made of them."""
 
 from collections.abc import Sequence
 
