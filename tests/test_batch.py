@@ -1,8 +1,9 @@
 """A batch of two tokenizers: all of it moves and is saved, and its counts say what each loss is a mean over."""
 
+import numpy as np
 import torch
 
-from distill.batch import Batch, Pairs, Tokens
+from distill.batch import Batch, Pairs, Spelling, Tokens
 
 
 def tokens(rows: int, length: int) -> Tokens:
@@ -14,7 +15,8 @@ def batch_of_two() -> Batch:
     student, teacher = tokens(2, 4), tokens(2, 3)
     places = torch.tensor([0, 1, 1, 3, 4, 0])
     groups = torch.tensor([0, 0, 1, 0, 0, -1])
-    pairs = Pairs(places, groups, torch.tensor([0, 2]), torch.tensor([5, 7]), torch.tensor([1, 2]))
+    on_host = Spelling(*(np.zeros(6, dtype=np.int64) for _ in range(5)), groups.numpy(), np.array([0, 2]))
+    pairs = Pairs(places, groups, torch.tensor([0, 2]), torch.tensor([5, 7]), torch.tensor([1, 2]), on_host)
     return Batch(student, teacher, {"tokens": 6, "queries": 4, "targets": 5, "micro_batches": 1}, 9, (3, 4), pairs)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -125,6 +126,39 @@ class Tokens:
 
 
 @dataclass(frozen=True, eq=False)
+class Spelling:
+    """What the host alone looks at of how two tokenizers meet, in NumPy: nothing waits for a device to say it.
+
+    Args:
+        ids_T: the teacher's ids, int64 [B L'], the rows one after the other.
+        place_N: flat index of k in them, -1 where there is no target.
+        inside_N: bytes of u.
+        own_N: the student's id at each valid token.
+        label_N: the one behind it.
+        group_N: as in `Pairs`.
+        starts_G: likewise.
+    """
+
+    ids_T: np.ndarray
+    place_N: np.ndarray
+    inside_N: np.ndarray
+    own_N: np.ndarray
+    label_N: np.ndarray
+    group_N: np.ndarray
+    starts_G: np.ndarray
+
+    @cached_property
+    def inside_I(self) -> np.ndarray:
+        """Which of the N have a u, ascending."""
+        return np.flatnonzero(self.group_N > 0)
+
+    @cached_property
+    def sizes_I(self) -> np.ndarray:
+        """How many entries each of their groups has."""
+        return np.diff(self.starts_G)[self.group_N[self.inside_I] - 1]
+
+
+@dataclass(frozen=True, eq=False)
 class Pairs:
     """Where each valid token of the student stands between the teacher's tokens, where the tokenizers differ.
 
@@ -138,6 +172,7 @@ class Pairs:
         starts_G: int64 [G + 1], the first entry of each group, from group 1 on, and the number of all.
         teacher_ids_E: int64, the ids of a group.
         student_ids_E: int64, the first id of the student for what a teacher's token has left behind u.
+        spelling: the host's part.
     """
 
     teacher_N: Tensor
@@ -145,6 +180,7 @@ class Pairs:
     starts_G: Tensor
     teacher_ids_E: Tensor
     student_ids_E: Tensor
+    spelling: Spelling
 
     def to(self, device: torch.device | str, non_blocking: bool | None = None) -> "Pairs":
         """The same on another device; see `Batch.to`."""

@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from distill.batch import Pairs
+from distill.batch import Pairs, Spelling
 from distill.vocabularies.token_bytes import TokenBytes
 
 
@@ -136,4 +136,5 @@ class VocabularyPair:
             starts_G=torch.from_numpy(starts_G),
             teacher_ids_E=teacher_ids_E,
             student_ids_E=student_ids_E,
+            spelling=Spelling(ids_T, place_N, inside_N, own_N, label_N, group_N, starts_G),
         )

@@ -1,0 +1,286 @@
+"""Targets of another tokenizer past the text's own next tokens, and with the student's last token in view.
+
+A row of the teacher ends at its next token. Where the student's token is longer, that row says nothing of what comes
+behind the token; but behind the text's own next token t there is a row too, so t's mass can be parted by what follows
+it, and so on along the text until the student's token is passed. And what is left of a token goes to the second id of
+the student's encoding of its last token and the rest together, which may differ from that of the rest alone: mass on
+what the student's tokenizer would have written in other tokens from the start is dropped, and the rest renormalised.
+
+Both are done for the most probable tokens of a row, on the host and remembered; the others stay where the tables lead.
+At T = 1 the products are probabilities of texts; at another temperature they are a heuristic.
+
+Shapes: N valid tokens of the student, T positions of the teacher, K tokens of a row that are looked at, V vocabulary of
+the teacher, H changes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill.batch import Pairs, Spelling
+from distill.losses.engine.mapped import Ahead, inside_rows
+from distill.models.head import LMHead, logits_dtype, mm_into
+from distill.vocabularies.pair import VocabularyPair
+
+_CHUNK_ELEMENTS = 1 << 25  # of logits at a time: 128 MiB in fp32
+_MEMORY = 1 << 20  # pairs of a token and a text whose next id is kept
+_ALONE = -1  # in place of the student's last token: what is left by itself
+
+
+@dataclass(frozen=True, eq=False)
+class Changes:
+    """What looking ahead moves between the student's ids, by token.
+
+    Args:
+        temperature: that it was found at.
+        starts_N: where each token's changes begin, and the number of all; NumPy.
+        rows_H: which of the N.
+        student_H: the student's id.
+        mass_H: what its probability grows by.
+        class_N: class within which ids stand for themselves; -1 for none.
+    """
+
+    temperature: float
+    starts_N: np.ndarray
+    rows_H: Tensor
+    student_H: Tensor
+    mass_H: Tensor
+    class_N: Tensor
+
+    def of(self, rows: slice) -> Ahead:
+        """Those of some tokens."""
+        here = slice(int(self.starts_N[rows.start]), int(self.starts_N[rows.stop]))
+        return Ahead(self.rows_H[here] - rows.start, self.student_H[here], self.mass_H[here], self.class_N[rows])
+
+
+class LookAhead:
+    """Finds `Changes`.
+
+    Args:
+        pair: the two tokenizers.
+        smallest: probability above which a token is looked at.
+        most: tokens of a row that are looked at.
+    """
+
+    def __init__(self, pair: VocabularyPair, smallest: float = 0.004, most: int = 64) -> None:
+        self.pair, self.smallest, self.most = pair, smallest, most
+        self._next: dict[tuple[int, bytes], int] = {}
+
+    @torch.no_grad()
+    def __call__(
+        self, hidden_ND: Tensor, states: Callable[[Tensor], Tensor], head: LMHead, class_S: np.ndarray, pairs: Pairs,
+        temperature: float,
+    ) -> Changes:  # fmt: skip
+        """Changes to the targets of a batch; the host waits for the device once.
+
+        Args:
+            hidden_ND: the teacher's states that the targets are made of.
+            states: its states at any of its positions, (places) -> (places, D).
+            head: the teacher's.
+            class_S: number of each of the student's ids' class, -1 where it is alone in it.
+            pairs: of the batch.
+            temperature: T.
+        """
+        spelling, device = pairs.spelling, hidden_ND.device
+        paths = self._paths(spelling)
+        places_P = np.array(sorted({place for path in paths for place in path}), dtype=np.int64)
+        head = head.whole()
+        own_N = _behind(spelling.ids_T, spelling.place_N)
+        rows = self._likely(hidden_ND, head, own_N, temperature, pairs)
+        further = self._likely(
+            states(torch.from_numpy(places_P).to(device)), head, _behind(spelling.ids_T, places_P), temperature, None
+        )
+        at_N, at_P = _Likely.on_host(torch.cat([rows, further]), len(spelling.place_N), self.smallest)
+        moves = _Moves()
+        refined_N = np.full(len(spelling.place_N), -1, dtype=np.int64)
+        number_of = {place: number for number, place in enumerate(places_P.tolist())}
+        for n in np.flatnonzero(spelling.place_N >= 0).tolist():
+            path = [number_of[place] for place in paths[n]]
+            refined_N[n] = self._row(n, spelling, at_N, at_P, path, moves)
+        return self._found(moves, refined_N, class_S, temperature, device)
+
+    def _paths(self, spelling: Spelling) -> list[list[int]]:
+        """The teacher's positions along the text from behind its next token on, until the student's is passed."""
+        teacher, student = self.pair.teacher.lengths, self.pair.student.lengths
+        ids, lengths = spelling.ids_T.tolist(), teacher[spelling.ids_T].tolist()
+        ends = (spelling.inside_N + student[spelling.label_N]).tolist()
+        paths = []
+        for place, end in zip(spelling.place_N.tolist(), ends, strict=True):
+            path: list[int] = []
+            last = place + 1
+            if place >= 0 and last < len(ids) and lengths[last]:
+                path.append(last)
+                reached = lengths[last]
+                while last + 1 < len(ids) and lengths[last + 1] and reached + lengths[last + 1] <= end:
+                    last += 1
+                    reached += lengths[last]
+                    path.append(last)
+            paths.append(path)
+        return paths
+
+    def _likely(
+        self, hidden_ND: Tensor, head: LMHead, own_N: np.ndarray, temperature: float, pairs: Pairs | None
+    ) -> Tensor:
+        """Ids, their probabilities and that of the text's own next id, (rows, 2K + 1) in fp64, on the device."""
+        vocab, device = head.vocab_size, hidden_ND.device
+        most = min(self.most, vocab)
+        found = [hidden_ND.new_zeros(0, 2 * most + 1, dtype=torch.float64)]
+        size = max(1, _CHUNK_ELEMENTS // vocab)
+        dtype = logits_dtype(hidden_ND.dtype, device)
+        for start in range(0, len(hidden_ND), size):
+            rows = slice(start, min(start + size, len(hidden_ND)))
+            logits_RV = hidden_ND.new_empty(rows.stop - start, vocab, dtype=dtype)
+            mm_into(logits_RV, hidden_ND[rows], head.weight.T)
+            logits_RV = head.finish_(logits_RV.to(torch.promote_types(dtype, torch.float32))).mul_(1 / temperature)
+            if pairs is not None and (inside := inside_rows(pairs, rows)) is not None:
+                where = inside.rows_I[inside.nth_E], inside.teacher_E
+                kept_E = logits_RV[where]
+                logits_RV.index_fill_(0, inside.rows_I, -torch.inf).index_put_(where, kept_E)
+            probs_RV = torch.softmax(logits_RV, -1)
+            top = probs_RV.topk(most)
+            own_R1 = torch.from_numpy(own_N[rows]).to(device)[:, None].clamp(max=vocab - 1)
+            found.append(torch.cat([top.indices.double(), top.values.double(), probs_RV.gather(1, own_R1).double()], 1))
+        return torch.cat(found)
+
+    def _row(
+        self, n: int, spelling: Spelling, at_N: "_Likely", at_P: "_Likely", path: list[int], moves: "_Moves"
+    ) -> int:
+        """Notes what moves in one row; the text whose first id's class stands for itself there, -1 for none."""
+        tokens = self.pair.teacher.tokens
+        seen, before = int(spelling.inside_N[n]), int(spelling.own_N[n])
+        own = int(spelling.ids_T[spelling.place_N[n] + 1]) if path else -1
+        for number, mass in zip(at_N.ids[n], at_N.masses[n], strict=True):
+            token = tokens[number] if number < len(tokens) else None
+            if number != own and token:
+                rest = token[seen:]
+                source = moves.text(_ALONE, rest) if seen else ~int(self.pair.firsts[number])
+                moves.add(n, source, moves.text(before, rest), mass)
+        if own < 0:
+            return -1
+        rest = (tokens[own] or b"")[seen:]
+        alone = moves.text(_ALONE, rest)
+        moves.add(n, alone if seen else ~int(self.pair.firsts[own]), _NOWHERE, at_N.own[n])
+        mass, written = at_N.own[n], rest
+        for step, place in enumerate(path):
+            following = int(spelling.ids_T[spelling.place_N[n] + 2 + step]) if step + 1 < len(path) else -1
+            left = 1.0
+            for number, share in zip(at_P.ids[place], at_P.masses[place], strict=True):
+                left -= share
+                if number != following:
+                    token = tokens[number] if number < len(tokens) else None
+                    moves.add(n, _NOWHERE, moves.text(before, written + (token or b"")), mass * share)
+            if following >= 0:
+                left -= 0.0 if following in at_P.ids[place] else at_P.own[place]
+            if left > 0:
+                moves.add(n, _NOWHERE, moves.text(before, written), mass * left)
+            if following >= 0:
+                mass *= at_P.own[place]
+                written += tokens[following] or b""
+        return alone
+
+    def _found(
+        self, moves: "_Moves", refined_N: np.ndarray, class_S: np.ndarray, temperature: float, device: torch.device
+    ) -> Changes:
+        """The moves as changes; a row of which next to nothing would be left stays as the tables have it."""
+        to_text = np.array(self._ids(list(moves.numbers)), dtype=np.int64)
+        rows, sources, targets = (np.array(x, dtype=np.int64) for x in (moves.rows, moves.sources, moves.targets))
+        masses = np.array(moves.masses)
+        nowhere = to_text.size
+        to_text = np.append(to_text, -1)
+        targets = to_text[np.where(targets == _NOWHERE, nowhere, targets)]
+        of_text = to_text[np.where((sources == _NOWHERE) | (sources < 0), nowhere, sources)]
+        sources = np.where((sources < 0) & (sources != _NOWHERE), ~sources, of_text)
+        count = len(refined_N)
+        taken = np.bincount(rows, masses * (sources >= 0), count) - np.bincount(rows, masses * (targets >= 0), count)
+        kept = (taken < 1 - 1e-3)[rows] & (sources != targets)
+        shared = len(class_S)
+        leave, come = kept & (sources >= 0) & (sources < shared), kept & (targets >= 0) & (targets < shared)
+        all_rows = np.concatenate([rows[leave], rows[come]])
+        order = np.argsort(all_rows, kind="stable")
+        found = np.where((refined_N >= 0) & (taken < 1 - 1e-3), to_text[refined_N], -1)
+        classes = np.where((found >= 0) & (found < shared), class_S[np.clip(found, 0, shared - 1)], -1)
+        rows_H = all_rows[order]
+        student_H = np.concatenate([sources[leave], targets[come]])[order]
+        mass_H = np.concatenate([-masses[leave], masses[come]])[order]
+        return Changes(
+            temperature,
+            np.searchsorted(rows_H, np.arange(count + 1)),
+            *(torch.from_numpy(x).to(device, non_blocking=True) for x in (rows_H, student_H, mass_H, classes)),
+        )
+
+    def _ids(self, texts: list[tuple[int, bytes]]) -> list[int]:
+        """The student's id for what is left behind one of its tokens; -1 where it would not have written that token."""
+        new = [text for text in texts if text not in self._next]
+        if len(self._next) + len(new) > _MEMORY:
+            self._next.clear()
+            new = texts
+        student = self.pair.student
+        leads = [(student.tokens[before] or b"") if before != _ALONE else b"" for before, _ in new]
+        encoded = student.encode_all([lead + rest for lead, (_, rest) in zip(leads, new, strict=True)])
+        by_itself = [text for text, lead, ids in zip(new, leads, encoded, strict=True) if not (ids and lead)]
+        for text, first in zip(by_itself, student.first_all([rest for _, rest in by_itself]), strict=True):
+            self._next[text] = -1 if first is None else first
+        for text, lead, ids in zip(new, leads, encoded, strict=True):
+            if ids and lead:
+                self._next[text] = ids[1] if len(ids) > 1 and ids[0] == text[0] else -1
+        return [self._next[text] for text in texts]
+
+
+_NOWHERE = -(1 << 40)
+
+
+@dataclass(frozen=True, eq=False)
+class _Likely:
+    """The most probable tokens of some rows, on the host, and the probability of the text's own next one."""
+
+    ids: list[list[int]]
+    masses: list[list[float]]
+    own: list[float]
+
+    @classmethod
+    def on_host(cls, found: Tensor, first: int, smallest: float) -> "tuple[_Likely, _Likely]":
+        """Those of the first rows, and those of the others."""
+        table = found.cpu().numpy()
+        most = table.shape[1] // 2
+        counts = (table[:, most:-1] > smallest).sum(-1).tolist()
+        ids, masses = table[:, :most].astype(np.int64), table[:, most:-1]
+        whole = cls(
+            [row[:count].tolist() for row, count in zip(ids, counts, strict=True)],
+            [row[:count].tolist() for row, count in zip(masses, counts, strict=True)],
+            table[:, -1].tolist(),
+        )
+        one = cls(whole.ids[:first], whole.masses[:first], whole.own[:first])
+        other = cls(whole.ids[first:], whole.masses[first:], whole.own[first:])
+        return one, other
+
+
+@dataclass(eq=False)
+class _Moves:
+    """Mass that goes from one of the student's ids to another, most of which are still to be found.
+
+    A target is the number of a text, a source likewise, or ~id; `_NOWHERE` stands for none.
+    """
+
+    numbers: dict[tuple[int, bytes], int] = field(default_factory=dict)
+    rows: list[int] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    masses: list[float] = field(default_factory=list)
+
+    def text(self, before: int, rest: bytes) -> int:
+        """Number of a text behind one of the student's tokens."""
+        return self.numbers.setdefault((before, rest), len(self.numbers))
+
+    def add(self, row: int, source: int, target: int, mass: float) -> None:
+        self.rows.append(row)
+        self.sources.append(source)
+        self.targets.append(target)
+        self.masses.append(mass)
+
+
+def _behind(ids_T: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """The teacher's id behind each place; any where there is none."""
+    return ids_T[np.clip(places + 1, 0, len(ids_T) - 1)]
