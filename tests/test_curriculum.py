@@ -2,7 +2,7 @@
 
 import pytest
 
-from distill.curriculum import check_schedule, round_half_up, value_at
+from distill.curriculum import check_schedule, leaves_zero, peak, round_half_up, value_at
 from distill.errors import UserError
 from distill.training.callbacks.curriculum import Curriculum
 
@@ -46,6 +46,22 @@ def test_two_knots_at_one_progress_are_a_jump():
     of_step = {step: curriculum.state_at(step, 1000).weights for step in (0, 299, 300, 499, 500, 750, 1000)}
     assert [weights["feature"] for weights in of_step.values()] == [1, 1, 0, 0, 0, 0, 0]
     assert [weights["kd"] for weights in of_step.values()] == pytest.approx([0.2, 0.2, 0.2, 0.2, 0.8, 0.9, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "place", "highest"),
+    [
+        (0.0, None, 0.0),
+        (0.7, 0.0, 0.7),
+        ([[0.3, 0.0], [0.6, 0.1]], 0.3, 0.1),
+        ([[0.3, 1.0], [0.3, 0.0]], 0.0, 1.0),
+        ([[0.3, 0.0], [0.3, 2.0], [0.5, 1.0]], 0.3, 2.0),
+        ([[0.2, 0.0], [0.4, 0.0]], None, 0.0),
+    ],
+)
+def test_where_a_schedule_leaves_zero_and_how_high_it_gets(schedule, place, highest):
+    assert leaves_zero(schedule) == place
+    assert peak(schedule) == highest
 
 
 def test_progressive_experts_follow_the_step():

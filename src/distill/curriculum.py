@@ -112,8 +112,7 @@ class Schedules:
         """
         present = {WEIGHT_KEY[name] for name in losses}
         for (key, schedule), default in zip(self.weights.items(), Schedules().weights.values(), strict=True):
-            peak = max(knot[1] for knot in schedule) if isinstance(schedule, list) else schedule
-            if key not in present and schedule != default and peak > 0:
+            if key not in present and schedule != default and peak(schedule) > 0:
                 return key, schedule, [name for name, weight_key in WEIGHT_KEY.items() if weight_key == key]
         return None
 
@@ -139,6 +138,23 @@ def value_at(schedule: Schedule, progress: float) -> float:
         return float(schedule[-1][1])
     (x0, y0), (x1, y1) = schedule[after - 1], schedule[after]
     return y0 + (y1 - y0) * (progress - x0) / (x1 - x0)
+
+
+def peak(schedule: Schedule) -> float:
+    """The highest value of a schedule."""
+    return float(max(knot[1] for knot in schedule)) if isinstance(schedule, list) else float(schedule)
+
+
+def leaves_zero(schedule: Schedule) -> float | None:
+    """Progress from which on a schedule is above zero, None where it never is.
+
+    Example:
+        >>> leaves_zero([[0.6, 0.0], [1.0, 0.05]])
+        0.6
+    """
+    knots = schedule if isinstance(schedule, list) else [[0.0, schedule]]
+    index = next((index for index, knot in enumerate(knots) if knot[1] > 0), None)
+    return None if index is None else float(knots[index - 1][0]) if index else 0.0
 
 
 def check_schedule(key: str, schedule: Schedule | None, minimum: float = 0.0, exclusive: bool = False) -> None:

@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from distill.analysis.findings import held_out, rates, totals, trends, validation, weights
+from distill.analysis.findings import choices, held_out, rates, totals, trends, validation, weights
 from distill.analysis.findings.evidence import Finding, load
 from distill.analysis.findings.printed import LATER, listed, weights_said
 from distill.analysis.run_files import Point, RunFiles
@@ -29,6 +29,9 @@ RULES: tuple[Callable[[RunFiles], list[Finding]], ...] = (
     trends.jumps,
     validation.train_eval_gap,
     trends.contradicting_gradients,
+    choices.features_late,
+    choices.random_projection,
+    choices.other_rate,
     held_out.sets_disagree,
     held_out.score_falls,
 )

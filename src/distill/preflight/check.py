@@ -7,7 +7,7 @@ be planned on this one. The time of a step is that of one row here, times the ro
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from distill import sources
 from distill.batch import Batch
+from distill.curriculum import peak
 from distill.data.datamodule import DistillationDataModule
 from distill.data.order.loader import ResumableLoader
 from distill.errors import UserError
@@ -38,6 +39,7 @@ from distill.preflight.checks import (
     teacher_findings,
     vocabulary_findings,
 )
+from distill.preflight.choices import choice_findings
 from distill.preflight.memory import MemoryEstimate, estimate_memory, forward_flops
 from distill.preflight.plan import Plan, device_gib, head_size, matmul_tflops, shape_of, skeletons
 from distill.preflight.quick import counting_nll, single_rows, stopping_findings
@@ -117,6 +119,7 @@ def check(trainer: L.Trainer, module: DistillationModule, datamodule: Distillati
     this.findings += precision_findings(precision, device)
     teacher, student = skeletons(module.options, precision, device)
     this.findings += gpu_findings(module.options, precision, device, teacher)
+    this.findings += choice_findings(module.options, this.curriculum.schedules, student)
     _vocabularies(this, teacher.config, student.config)
     rows = getattr(datamodule, "validation_rows", None)
     seconds = None
@@ -173,9 +176,7 @@ def _attach(this: Check) -> int:
     horizon = _horizon(this)
     if this.plan.weights:
         this.curriculum.on_fit_start(trainer, module)
-    this.findings += schedule_findings(
-        module.options.warmup_steps, horizon, module.options.learning_rate, module.options.optimizer
-    )
+    this.findings += schedule_findings(module.options.warmup_steps, horizon, module.options.learning_rate)
     if trainer.limit_val_batches:
         this.findings += held_out_findings(datamodule)
         if datamodule.train_rows is not None and trainer.check_val_every_n_epoch is not None:
@@ -237,7 +238,8 @@ def _measure(this: Check) -> float:
     assert this.datamodule.validation_rows is not None
     rows = (move_data_to_device(row, module.device) for row in single_rows(this.datamodule.validation_rows))
     batches = [next(rows)]
-    module.curriculum = this.curriculum.state_at(1, 1)  # with every component that the run will have
+    weights = {key: peak(schedule) for key, schedule in this.curriculum.weights.items()}
+    module.curriculum = replace(this.curriculum.state_at(1, 1), weights=weights)  # with all that the run will have
     with this.trainer.precision_plugin.forward_context():
         seconds, result = _timed_row(module, batches[0])
         validated = [result]

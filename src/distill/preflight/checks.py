@@ -24,7 +24,6 @@ from distill.models.blocks import moe_layers
 from distill.models.precision import product_dtype, teacher_dtype
 from distill.training.options import ModelOptions
 
-MUON_LEAST_RATE = 1e-3  # below the best of every student that was tried (docs/models.md)
 FEW_ROWS = 8  # fewer to validate on by a fraction were hardly meant
 AROUND = 3  # positions shown on either side of a place of interest
 BARS = " ▁▂▃▄▅▆▇█"
@@ -187,18 +186,13 @@ def teacher_findings(teacher_nll: float, unigram: float, vocab_size: int) -> lis
     ]
 
 
-def schedule_findings(warmup_steps: int, horizon: int, learning_rate: float, optimizer: str = "adamw") -> list[str]:
+def schedule_findings(warmup_steps: int, horizon: int, learning_rate: float) -> list[str]:
     """Whether the learning rate gets anywhere."""
     found = []
     if warmup_steps >= horizon:
         found.append(f"model.warmup_steps: {warmup_steps} outlasts the run of {horizon} optimizer steps")
     if learning_rate > 0.05:
         found.append(f"model.learning_rate: {learning_rate} is far above what AdamW bears")
-    if optimizer == "muon" and learning_rate < MUON_LEAST_RATE:
-        found.append(
-            f"model.learning_rate: {learning_rate} is a rate for AdamW; Muon learned best with two to four times as "
-            f"much, {MUON_LEAST_RATE} and more"
-        )
     return found
 
 

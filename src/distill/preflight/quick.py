@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 
 from distill.batch import Batch
-from distill.curriculum import CurriculumState
+from distill.curriculum import WEIGHT_KEYS, CurriculumState, Schedules
 from distill.data.datamodule import DistillationDataModule
 from distill.data.order.sampler import EveryRowOnce
 from distill.data.rows.table import PackedRows
@@ -25,9 +25,12 @@ from distill.preflight.checks import (
     unigram_nll,
     vocabulary_findings,
 )
+from distill.preflight.choices import choice_findings
 from distill.preflight.plan import head_size
 from distill.preflight.turn_ends import turn_end_findings
 from distill.teachers.source import TargetSource
+from distill.training.callbacks.curriculum import Curriculum
+from distill.training.lightning_internals import callbacks_of
 from distill.training.module import DistillationModule
 
 COUNTED_ROWS = 256  # of the training rows, whose tokens are counted for the unigram
@@ -52,6 +55,8 @@ def quick_findings(
         line += f" from a teacher of {counted(sum(p.numel() for p in teacher.parameters()))}"
     device = trainer.strategy.root_device.type
     findings = precision_findings(str(trainer.precision), device)
+    if student is not None:
+        findings += choice_findings(module.options, schedules_of(trainer), student)
     if teacher is not None:
         findings += gpu_findings(module.options, str(trainer.precision), device, teacher)
     if tokenizer is not None:
@@ -71,6 +76,12 @@ def quick_findings(
             findings += teacher_findings(nll, counting_nll(ours, [batch], sizes[0]), sizes[0])
             line += f", whose perplexity on the first validation row is {math.exp(min(nll, 700)):,.1f}"
     return findings, f"{line}, on {trainer.world_size} x {device}."
+
+
+def schedules_of(trainer: L.Trainer) -> Schedules:
+    """Of the curriculum; constant ones without it."""
+    found = callbacks_of(trainer, Curriculum)
+    return found[0].schedules if found else Schedules(*(1.0 for _ in WEIGHT_KEYS))
 
 
 def stopping_findings(

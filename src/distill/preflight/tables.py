@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from distill.curriculum import WEIGHT_KEY, value_at
+from distill.curriculum import WEIGHT_KEY, Schedule, value_at
 from distill.preflight.checks import SPECIAL, Vocabulary, knots_of, sparkline
 from distill.preflight.memory import MemoryEstimate
 from distill.training.callbacks.curriculum import Curriculum
@@ -87,8 +87,14 @@ def curriculum_table(curriculum: Curriculum, components: Sequence[str], horizon:
     table = titled("Curriculum", "", "each to its own height", *headings)
     table.columns[1].justify = "left"
     for key, schedule in schedules.items():
-        table.add_row(key, sparkline(schedule), *(f"{value_at(schedule, knot):.4g}" for knot in knots))
+        table.add_row(key, sparkline(schedule), *(_value(schedule, knot) for knot in knots))
     return table
+
+
+def _value(schedule: Schedule, place: float) -> str:
+    """The value at a place; of a jump what is before and what is from there on."""
+    there = [knot[1] for knot in schedule if knot[0] == place] if isinstance(schedule, list) else []
+    return ", then ".join(f"{value:.4g}" for value in (there if len(there) > 1 else [value_at(schedule, place)]))
 
 
 def components_table(module: DistillationModule, curriculum: Curriculum, raw: Mapping[str, float]) -> Table:
