@@ -7,7 +7,9 @@ Shapes: N valid tokens of the student, T positions of the teacher in a batch, D 
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -20,9 +22,13 @@ from distill.losses.engine.mapped import VocabularyMap, inside_rows, mapped_rows
 from distill.losses.engine.rows import Buffers
 from distill.models.head import LMHead, lm_head_of
 from distill.models.trace import Needs
+from distill.teachers.baselines import RankedTargets, aligned_only, exact_matches
+from distill.teachers.cached import CachedTeacher
 from distill.teachers.look_ahead import Changes, LookAhead
 from distill.teachers.source import Run, TargetSource, Taught
 from distill.vocabularies.pair import VocabularyPair
+
+Method = Literal["first_token", "aligned", "exact_matches", "uld"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +41,7 @@ class MappedTargets:
         tables: of the two vocabularies.
         pairs: of the batch.
         changes: what looking ahead found; None where it was not asked for.
+        weight: factor on each token that has a target.
     """
 
     hidden_ND: Tensor
@@ -42,6 +49,7 @@ class MappedTargets:
     tables: VocabularyMap
     pairs: Pairs
     changes: Changes | None = None
+    weight: float = 1.0
 
     @property
     def head_and_hidden(self) -> tuple[LMHead, Tensor]:
@@ -77,7 +85,7 @@ class MappedTargets:
     ) -> tuple[Tensor, Tensor | None]:
         """See `Targets.divergence`."""
         assert teacher_RV is not None
-        taught_R = self.pairs.group_N[rows] >= 0
+        taught_R = (self.pairs.group_N[rows] >= 0).to(teacher_RV.dtype).mul_(self.weight)
         inside = inside_rows(self.pairs, rows)
         ahead = None if self.changes is None else self.changes.of(rows)
         return mapped_rows(
@@ -95,12 +103,16 @@ class MappedTeacher:
         source: has the teacher's last hidden states: a live teacher, or a cache of them.
         pair: the two tokenizers.
         look_ahead: whether to look past the text's own next tokens, and at the token before.
+        method: how targets are made; all but `first_token` are baselines.
     """
 
-    def __init__(self, source: TargetSource, pair: VocabularyPair, look_ahead: bool = False) -> None:
-        self.source, self.pair = source, pair
+    def __init__(
+        self, source: TargetSource, pair: VocabularyPair, look_ahead: bool = False, method: Method = "first_token"
+    ) -> None:
+        self.source, self.pair, self.method = source, pair, method
         self.look_ahead = LookAhead(pair) if look_ahead else None
         self._tables: VocabularyMap | None = None
+        self._learned_tables: VocabularyMap | None = None
 
     @property
     def model(self) -> PreTrainedModel:
@@ -119,16 +131,26 @@ class MappedTeacher:
                     f"model.kd_loss.{key}: {count}, but teacher and student have different tokenizers, between which "
                     "whole distributions are compared; leave it out"
                 )
+        if self.look_ahead is not None and isinstance(self.source, CachedTeacher):
+            raise UserError(
+                f"model.vocabulary.look_ahead: true, but the cache {self.source.folder} holds the states of labelled "
+                "tokens alone; set it to false, or give a live teacher"
+            )
         self.source.open(run)
-        teacher_vocab = lm_head_of(self.model).vocab_size
-        self._tables = vocabulary_map(self.pair.firsts, self.pair.classes, teacher_vocab, run.student_vocab)
+        vocabs = lm_head_of(self.model).vocab_size, run.student_vocab
+        self._tables = vocabulary_map(self.pair.firsts, self.pair.classes, *vocabs)
         self._class_S = self._tables.class_S.numpy()
+        if self.method == "aligned":
+            self._learned_tables = vocabulary_map(self.pair.firsts, np.arange(self.pair.student.size), *vocabs)
+        elif self.method == "exact_matches":
+            self._learned_tables = vocabulary_map(*exact_matches(self.pair), *vocabs)
 
     def to(self, device: torch.device) -> None:
         """Moves source and tables to the student's device."""
         self.source.to(device)
         assert self._tables is not None
         self._tables = self._tables.to(device)
+        self._learned_tables = self._learned_tables and self._learned_tables.to(device)
 
     def __call__(self, batch: Batch, needs: Needs, state: CurriculumState, kd: bool) -> Taught:
         """What the teacher says of a batch; see `TargetSource`. `whole` does not exist between tokenizers."""
@@ -148,7 +170,22 @@ class MappedTeacher:
             return states_TD.index_select(0, places)
 
         targets = MappedTargets(states(pairs.teacher_N), head, self._tables, pairs)
-        if kd and self.look_ahead is not None:
+        if not kd:
+            return Taught(taught.trace, None, targets)
+        if self.method != "first_token":
+            return Taught(taught.trace, None, self._baseline(targets))
+        if self.look_ahead is not None:
             changes = self.look_ahead(targets.hidden_ND, states, head, self._class_S, pairs, state.temperature)
             targets = replace(targets, changes=changes)
         return Taught(taught.trace, None, targets)
+
+    def _baseline(self, targets: MappedTargets) -> MappedTargets | RankedTargets:
+        """What a baseline learns from, averaged over its own targets in a batch."""
+        pairs = aligned_only(targets.pairs)
+        counts = [int((some.spelling.group_N >= 0).sum()) for some in (targets.pairs, pairs)]
+        weight = counts[0] / max(1, counts[1])
+        if self.method == "uld":
+            weight_N = (pairs.group_N >= 0).to(torch.promote_types(targets.hidden_ND.dtype, torch.float32)).mul_(weight)
+            return RankedTargets(targets.hidden_ND, targets.head, weight_N)
+        assert self._learned_tables is not None
+        return replace(targets, tables=self._learned_tables, pairs=pairs, weight=weight)
