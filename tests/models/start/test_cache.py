@@ -70,29 +70,38 @@ KILLED = """
 import os, sys
 from pathlib import Path
 import torch
-from distill.models.start import cache
+from distill.models.start import cache, make
 from distill.models.start.cache import cached_student
 from distill.models.start.make import CPU
 from distill.models.start.shape import Shape, StudentFit
 from distill.models.start.walk import Rows
 from helpers import tiny
 
-saved = cache.save_model
-def killed(*args, **kwargs):
-    saved(*args, **kwargs)
-    os.kill(os.getpid(), 9)  # the weights are on disk, the record is not
-cache.save_model = killed
+def killed(after):
+    def call(*args, **kwargs):
+        after(*args, **kwargs)
+        os.kill(os.getpid(), 9)
+    return call
+
+if sys.argv[2] == "fit":  # the first of two layers is fitted
+    make.train_alone = killed(make.train_alone)
+else:  # the weights are on disk, the record is not
+    cache.save_model = killed(cache.save_model)
 rows = Rows.of(torch.randint(3, tiny.VOCAB, (6, 24), generator=torch.Generator().manual_seed(1)))
 cached_student(tiny.tiny_qwen3_moe(), Shape([0, 1], 24), rows, StudentFit(steps=2), CPU, Path(sys.argv[1]))
 """
 
 
 @pytest.mark.slow
-def test_one_that_was_killed_is_made_again_and_its_leavings_go(tmp_path):
+@pytest.mark.parametrize("moment", ["fit", "write"])
+def test_one_that_was_killed_is_made_again_and_its_leavings_go(tmp_path, moment):
     paths = os.pathsep.join([p for p in sys.path if p])
-    ended = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env=os.environ | {"PYTHONPATH": paths})
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path), moment], env=os.environ | {"PYTHONPATH": paths}
+    )
     assert ended.returncode == -9
-    assert len(list(tmp_path.glob("*.partial"))) == 1
+    assert len(list(tmp_path.glob("*.partial"))) == (moment == "write")
+    assert made_before(tiny.tiny_qwen3_moe(), Shape([0, 1], 24), ROWS, FIT, CPU, tmp_path) is None
     student, record = cached_student(tiny.tiny_qwen3_moe(), Shape([0, 1], 24), ROWS, FIT, CPU, tmp_path)
     assert not record["cached"]
     assert not list(tmp_path.glob("*.partial"))
