@@ -25,7 +25,7 @@ from distill.models.cut import kept_layers, most_important_layers
 from distill.models.layers import decoder_layers
 from distill.models.precision import product_dtype
 from distill.models.start.cache import RECORD, cached_student, made_before
-from distill.models.start.ffn import read_block
+from distill.models.start.ffn import is_known, read_block
 from distill.models.start.make import Place
 from distill.models.start.shape import Shape, StudentFit
 from distill.models.start.skeleton import unmade_student
@@ -109,10 +109,11 @@ def shape_of(teacher: PreTrainedModel, options: ModelOptions, data: L.LightningD
 
 
 def fitted_neurons(teacher: PreTrainedModel, shape: Shape) -> int:
-    """Neurons of an FFN that is fitted in closed form; 0 where only experts are, each on its own tokens."""
+    """Neurons of an FFN that is fitted in closed form; 0 where none or only experts are, each on its own tokens."""
     if shape.intermediate_size is not None or moe_layers(teacher):
         return shape.intermediate_size or 0
-    return len(read_block(decoder_layers(teacher)[0]).neurons)
+    first = decoder_layers(teacher)[0]
+    return len(read_block(first).neurons) if is_known(first) else 0
 
 
 def calibration_rows(data: L.LightningDataModule, tokens: int) -> Rows:

@@ -133,6 +133,12 @@ def test_streams_that_cannot_be_turned_are_refused_in_a_sentence(make, part):
         make_student(make(), Shape([0, 1], width, 12), ROWS, CLOSED)
 
 
+def test_a_stream_without_a_norm_of_each_kind_is_refused():
+    teacher = tiny.build("Cohere2ForCausalLM", "Cohere2Config", tiny.BASE)  # one for attention and FFN
+    with pytest.raises(UserError, match="Cohere2ForCausalLM lacks a norm before attention, before an FFN or"):
+        make_student(teacher, Shape([0, 1], None, 12), ROWS, CLOSED)
+
+
 @pytest.mark.parametrize("make", [*DENSE, tiny.tiny_qwen3_moe, tiny.tiny_gpt_oss])
 def test_a_depth_cut_comes_nearer_by_its_fit(make):
     teacher = make(**({"n_layer": 4} if make is tiny.tiny_gpt2 else {"num_hidden_layers": 4}))
@@ -143,6 +149,33 @@ def test_a_depth_cut_comes_nearer_by_its_fit(make):
     assert fits[1].teacher_layer == 3
     assert all(fit.after < fit.before for fit in fits)
     assert all(fit.trained == "layer" for fit in fits)
+
+
+def test_a_moe_block_behind_a_norm_of_its_own():
+    experts = {"num_experts": 4, "num_experts_per_tok": 2}
+    teacher = tiny.build("FlexOlmoForCausalLM", "FlexOlmoConfig", tiny.BASE | experts)
+    _, fits = make_student(teacher, Shape([0, 1], 24), ROWS, CLOSED)
+    assert all(fit.before < 0.6 for fit in fits)
+    _, fits = make_student(teacher, Shape([1]), ROWS, StudentFit(steps=20, learning_rate=1e-2))
+    assert fits[0].after < fits[0].before
+
+
+GATED_SHARED = {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+UNKNOWN = {
+    "Qwen2Moe": tiny.BASE | GATED_SHARED,
+    "OPT": tiny.BASE | {"ffn_dim": 24, "word_embed_proj_dim": 16},
+    "Falcon": tiny.BASE,  # adds to what its FFN wrote in place
+}
+
+
+@pytest.mark.parametrize("family", UNKNOWN)
+def test_a_depth_cut_of_any_family_is_fitted_whether_its_ffns_are_known_or_not(family):
+    teacher = tiny.build(f"{family}ForCausalLM", f"{family}Config", UNKNOWN[family] | {"num_hidden_layers": 3})
+    before = [parameter.clone() for parameter in teacher.parameters()]
+    student, fits = make_student(teacher, Shape([0, 2]), ROWS, StudentFit(steps=30, learning_rate=1e-2))
+    assert type(student) is type(teacher)
+    assert all(fit.after < fit.before and fit.trained == "layer" for fit in fits)
+    assert all(torch.equal(a, b) for a, b in zip(before, teacher.parameters(), strict=True))
 
 
 def test_the_same_seed_gives_the_same_bits_and_leaves_the_global_one_alone():

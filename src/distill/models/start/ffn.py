@@ -147,6 +147,15 @@ def read_block(layer: nn.Module, where: str = "model.student_intermediate_size")
     return Block(module, experts, _joined(parts, where), expert_M, constants_ED)
 
 
+def is_known(layer: nn.Module) -> bool:
+    """Whether the FFN of a layer is of a kind whose neurons can be read."""
+    try:
+        read_block(layer)
+    except UserError:
+        return False
+    return True
+
+
 @torch.no_grad()
 def write_ffn(module: nn.Module, neurons: Neurons) -> None:
     """Puts neurons into a dense FFN, or a MoE block of one expert, of just as many.

@@ -9,6 +9,7 @@ Shapes: R rows, L positions, D width of the student, N counted positions, E expe
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel
 from distill.models.cut import cut_layers
 from distill.models.layers import decoder_layers
 from distill.models.start.experts import refit_experts
-from distill.models.start.ffn import Block, ffn_of, has_constant, read_block, write_ffn
+from distill.models.start.ffn import Block, ffn_of, has_constant, is_known, read_block, write_ffn
 from distill.models.start.fit import (
     RATE_TIMES_WIDTH,
     STEP_TOKENS,
@@ -34,7 +35,7 @@ from distill.models.start.fit import (
 from distill.models.start.narrow import Axes, check_narrowable, ffn_norm, principal_axes, turn
 from distill.models.start.neurons import Task, narrow_ffn
 from distill.models.start.shape import LayerFit, Shape, StudentFit
-from distill.models.start.site import Seen, reading_gain, site_of, watching
+from distill.models.start.site import Seen, reading_gain, site_of, watching, writing_factor
 from distill.models.start.skeleton import build, copy_shared, student_config
 from distill.models.start.walk import Rows, Walk
 
@@ -134,7 +135,7 @@ class _Making:
         start, fits = 0, []
         for layer, index in enumerate(kept):
             stop = kept[layer + 1] if layer + 1 < len(kept) else self.depth
-            with watching(decoder_layers(self.teacher)[index]) as seen:
+            with self._watching(layer, index, student_RLD) as seen:
                 teacher_RLD = self.theirs.advance(range(start, stop), teacher_RLD)
             tell(layer, 0.3)
             goal = self._goal(teacher_RLD, stop)
@@ -146,6 +147,13 @@ class _Making:
             start = stop
         return fits
 
+    def _watching(self, layer: int, index: int, student_RLD: Tensor) -> AbstractContextManager[Seen | None]:
+        """Records what a teacher's block does; of one that is unknown here and stays as it is, nothing."""
+        theirs = decoder_layers(self.teacher)[index]
+        if self.shape.intermediate_size is None and self.axes is None and not is_known(theirs):
+            return nullcontext()
+        return watching(theirs, writing_factor(self.mine, layer, student_RLD))
+
     def _goal(self, teacher_RLD: Tensor, stop: int) -> Goal:
         """What a layer is to reach: the teacher's states before its layer `stop`."""
         raw_RLD, counted_RL = self._turned(teacher_RLD), self.rows.counted_RL
@@ -156,7 +164,7 @@ class _Making:
         return Goal(raw_RLD, weight_RL, self._normed(teacher_RLD), counted_RL.float(), None, True)
 
     def _make_layer(
-        self, layer: int, index: int, goal: Goal, student_RLD: Tensor, seen: Seen, tell: Tell
+        self, layer: int, index: int, goal: Goal, student_RLD: Tensor, seen: Seen | None, tell: Tell
     ) -> tuple[LayerFit, Tensor]:
         """Fills and fits one layer; returns how near it came and the student's states behind it, or after the norm."""
         span = range(layer, layer + 1)
@@ -193,8 +201,10 @@ class _Making:
         unit_RLD = states_RLD * torch.rsqrt(states_RLD.square().mean(-1, keepdim=True) + 1e-6)
         return self._turned(unit_RLD) / self.axes.scale
 
-    def _fill(self, layer: int, index: int, goal: Goal, student_RLD: Tensor, seen: Seen) -> Task | None:
+    def _fill(self, layer: int, index: int, goal: Goal, student_RLD: Tensor, seen: Seen | None) -> Task | None:
         """Gives a layer its FFN; returns what that is to do, None where it is the teacher's own."""
+        if seen is None:
+            return None
         target = ffn_of(self.mine.layers[layer])
         width = self.shape.intermediate_size
         if width is None and self.axes is None and not self.cut_deep:
@@ -227,11 +237,11 @@ class _Making:
         """What an FFN is to do on the student's states, and what the one that is there did."""
         counted_RL = self.rows.counted_RL
         site = site_of(self.mine, layer, student_RLD)
-        if site.factor is None:  # behind a norm of its own: what the teacher's wrote, before that norm
+        if seen.factor is None:  # behind a norm of its own: what the teacher's wrote, before that norm
             target_ND = torch.cat(seen.outputs).flatten(0, 1)[counted_RL.flatten()].float()
         else:
             without_RLD = site.without_RLD
-            target_ND = torch.sub(goal.raw_RLD, without_RLD, out=without_RLD).div_(site.factor)[counted_RL]
+            target_ND = torch.sub(goal.raw_RLD, without_RLD, out=without_RLD).div_(seen.factor)[counted_RL]
         return Task(site.inputs_ND, target_ND, goal.raw_weight_RL[counted_RL]), site.seen
 
     def _block(self, index: int) -> Block:

@@ -153,11 +153,15 @@ def ffn_norm(teacher: PreTrainedModel, layer: int) -> Tensor:
 
 def _norms(model: PreTrainedModel) -> list[nn.Module]:
     """Every norm that reads the residual stream, the final one last."""
-    found: list[nn.Module] = [getattr(layer, name) for layer in decoder_layers(model) for name in NORMS]
-    final = getattr(model.get_decoder(), "norm", None)
-    if final is None:
-        raise UserError(f"{KEY}: {type(model).__name__} has no final norm that is known here; leave the key out")
-    return [*found, final]
+    layers = decoder_layers(model)
+    found = [getattr(layer, name, None) for layer in layers for name in NORMS]
+    norms = [norm for norm in (*found, getattr(model.get_decoder(), "norm", None)) if norm is not None]
+    if len(norms) != len(NORMS) * len(layers) + 1:
+        raise UserError(
+            f"{KEY}: {type(model).__name__} lacks a norm before attention, before an FFN or at the end by a name that "
+            "is known here; leave the key out"
+        )
+    return norms
 
 
 def _around(model: PreTrainedModel) -> tuple[Any, Any, Any]:

@@ -19,17 +19,19 @@ FIRST_NORMS = ("input_layernorm", "ln_1", "attention_norm", "self_attn_layer_nor
 
 
 class Seen:
-    """What a teacher layer's block did while the teacher went through it.
+    """What a layer's block did while a model went through it.
 
-    Args of `gates`: T positions in all, padding included.
+    Args:
+        factor: by which what it writes is added to the stream; None where it goes through a norm first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, factor: float | None) -> None:
+        self.factor = factor
         self.routing: list[tuple[Tensor, Tensor]] = []  # indices and weights [T, K] of a part of the rows
-        self.outputs: list[Tensor] = []
+        self.outputs: list[Tensor] = []  # of each part, where there is no factor
 
     def gates(self, positions: int, block: Block) -> Tensor | None:
-        """Gates [T, E], zero where a token was not routed; None of a dense FFN."""
+        """Gates [T, E] of T positions, padding included, zero where a token was not routed; None of a dense FFN."""
         if not self.routing:
             return None
         index_TK, weights_TK = (torch.cat(parts) for parts in zip(*self.routing, strict=True))
@@ -38,9 +40,9 @@ class Seen:
 
 
 @contextmanager
-def watching(layer: nn.Module) -> Iterator[Seen]:
-    """Records the routing and the output of a layer's block."""
-    seen = Seen()
+def watching(layer: nn.Module, factor: float | None) -> Iterator[Seen]:
+    """Records the routing of a layer's block, and what it writes where that goes through a norm."""
+    seen = Seen(factor)
     module = ffn_of(layer)
     experts = getattr(module, "experts", None)
 
@@ -51,7 +53,7 @@ def watching(layer: nn.Module) -> Iterator[Seen]:
     def wrote(part: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         seen.outputs.append(output[0] if isinstance(output, tuple) else output)
 
-    handles = [module.register_forward_hook(wrote)] if experts is None else []
+    handles = [module.register_forward_hook(wrote)] if factor is None else []
     if experts is not None:
         handles.append(experts.register_forward_hook(routed, with_kwargs=True))
     try:
@@ -61,6 +63,28 @@ def watching(layer: nn.Module) -> Iterator[Seen]:
             handle.remove()
 
 
+@torch.no_grad()
+def writing_factor(walk: Walk, layer: int, states_RLD: Tensor) -> float | None:
+    """By which what a layer's FFN writes is added to the stream; None where it goes through a norm first.
+
+    By made-up outputs in its place, on one part of the rows.
+    """
+    module, span, part = ffn_of(walk.layers[layer]), range(layer, layer + 1), next(walk.rows.parts())
+    length, width = states_RLD.shape[1:]
+    size_L1 = torch.arange(1, length + 1, device=states_RLD.device).remainder(3).add(1)[:, None]
+    made_up_LD = torch.arange(length * width, device=states_RLD.device).sin().view(length, width) * size_L1
+    found = []
+    with walk.present(span):
+        for written in (torch.zeros_like(made_up_LD), made_up_LD):
+            with _writing(module, written):
+                found.append(walk.through(span, states_RLD[part], part)[0].float())
+    change_BLD = found[1] - found[0]
+    made_up_BLD = made_up_LD.expand_as(change_BLD)
+    factor = float((change_BLD * made_up_BLD).sum() / made_up_BLD.square().sum())
+    linear = (change_BLD - factor * made_up_BLD).abs().max() <= 2e-2 * change_BLD.abs().max()
+    return factor if bool(linear) and factor else None
+
+
 @dataclass(frozen=True, eq=False)
 class Site:
     """An FFN's place in its layer.
@@ -68,54 +92,50 @@ class Site:
     Args:
         inputs_ND: what it reads at the positions that count.
         without_RLD: the layer's output if it wrote nothing.
-        factor: by which what it writes is added to that; None where it goes through a norm first.
         seen: its routing there, where it is a MoE block.
     """
 
     inputs_ND: Tensor
     without_RLD: Tensor
-    factor: float | None
     seen: Seen
 
 
 @torch.no_grad()
 def site_of(walk: Walk, layer: int, states_RLD: Tensor) -> Site:
-    """Runs a layer without its FFN, and one part of the rows with made-up outputs in its place."""
+    """Runs a layer without its FFN."""
     inputs: list[Tensor] = []
     counted = [walk.rows.counted_RL[part] for part in walk.rows.parts()]
-    written: list[Tensor] = [torch.zeros(())]
 
     def reads(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        states_BLD = args[0] if args else kwargs["hidden_states"]
-        if len(inputs) < len(counted):
-            inputs.append(states_BLD[counted[len(inputs)]].float())
+        inputs.append((args[0] if args else kwargs["hidden_states"])[counted[len(inputs)]].float())
+
+    module, span = ffn_of(walk.layers[layer]), range(layer, layer + 1)
+    handle = module.register_forward_pre_hook(reads, with_kwargs=True)
+    try:
+        with watching(walk.layers[layer], 1.0) as seen, _writing(module, states_RLD.new_zeros(())):
+            without_RLD = walk.advance(span, states_RLD).float()
+    finally:
+        handle.remove()
+    return Site(torch.cat(inputs), without_RLD, seen)
+
+
+@contextmanager
+def _writing(module: nn.Module, written: Tensor) -> Iterator[None]:
+    """An FFN writes what it is told to; experts are run all the same, since their routing is asked for."""
 
     def writes(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         first = output[0] if isinstance(output, tuple) else output
-        made_up = written[0].to(first).expand_as(first)
-        return (made_up, *output[1:]) if isinstance(output, tuple) else made_up
+        instead = written.to(first).expand_as(first).clone()  # some families add to it in place
+        return (instead, *output[1:]) if isinstance(output, tuple) else instead
 
-    module, span = ffn_of(walk.layers[layer]), range(layer, layer + 1)
-    handles = [module.register_forward_pre_hook(reads, with_kwargs=True), module.register_forward_hook(writes)]
-    if not hasattr(module, "experts"):  # its own output is not needed; a block's may come with more
+    handle = module.register_forward_hook(writes)
+    if not hasattr(module, "experts"):
         module.forward = _nothing
     try:
-        with watching(walk.layers[layer]) as seen:
-            without_RLD = walk.advance(span, states_RLD).float()
-        part = next(walk.rows.parts())
-        shape = without_RLD[part].shape
-        size = torch.arange(1, shape[1] + 1, device=states_RLD.device).remainder(3).add(1)[:, None]
-        written[0] = torch.arange(shape[1] * shape[2], device=states_RLD.device).sin().view(shape[1:]) * size
-        with walk.present(span):
-            change_BLD = walk.through(span, states_RLD[part], part)[0].float() - without_RLD[part]
+        yield
     finally:
         module.__dict__.pop("forward", None)
-        for handle in handles:
-            handle.remove()
-    made_up_BLD = written[0].expand_as(change_BLD)
-    factor = float((change_BLD * made_up_BLD).sum() / made_up_BLD.square().sum())
-    linear = (change_BLD - factor * made_up_BLD).abs().max() <= 2e-2 * change_BLD.abs().max()
-    return Site(torch.cat(inputs), without_RLD, factor if bool(linear) and factor else None, seen)
+        handle.remove()
 
 
 def _nothing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:

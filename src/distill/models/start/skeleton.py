@@ -21,7 +21,7 @@ from distill.models.start.shape import Shape
 
 KEY = "model.student_intermediate_size"
 TWINS = {"qwen3_moe": "qwen3", "mixtral": "mistral", "granitemoe": "granite"}  # same attention, norms, multipliers
-WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "moe_intermediate_size")
+WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "moe_intermediate_size")
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 TWIN_OWN = {"model_type", "architectures", "transformers_version", "layer_types", "auto_map", "dtype"}
 
