@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from distill.errors import UserError
 from distill.models.head import lm_head_of
-from distill.models.precision import full_precision
+from distill.models.precision import full_precision, whole_products
 
 LENGTH = 16  # tokens of the row
 SPREAD = 48  # ids evenly over the vocabulary, beside the row's own
@@ -53,18 +53,15 @@ def proof(student: PreTrainedModel, row: list[int]) -> dict[str, Any]:
     decoder = student.get_decoder()
     modes = [(module, module.training) for module in student.modules()]
     ids_1T = torch.tensor([ids], device=head.weight.device)
-    precision = torch.get_float32_matmul_precision()
     compiled = getattr(decoder, "_compiled_call_impl", None) is not None
     # Another length of rows would make a compiled decoder compile anew, and its steps would round otherwise.
     stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
     try:
         student.eval()
-        torch.set_float32_matmul_precision("highest")
-        with torch.no_grad(), torch.autocast(ids_1T.device.type, enabled=False), stance:
+        with torch.no_grad(), whole_products(), torch.autocast(ids_1T.device.type, enabled=False), stance:
             seen = decoder(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), use_cache=False)
             logits = _figures(head.logits(seen.last_hidden_state[0]), chosen)
     finally:
-        torch.set_float32_matmul_precision(precision)
         for module, training in modes:
             module.training = training
     return {"input_ids": ids, "vocabulary": chosen, "logits": logits, "dtype": _name(head.weight.dtype)}

@@ -5,6 +5,8 @@ in fp32 whatever the precision, which doubles the teacher's memory on such a mac
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -99,6 +101,17 @@ def cast(module: nn.Module, dtype: torch.dtype) -> None:
 def _cast(tensor: Tensor, dtype: torch.dtype) -> None:
     if tensor.is_floating_point() and tensor.dtype != dtype:
         tensor.data = tensor.data.to(dtype)
+
+
+@contextmanager
+def whole_products() -> Iterator[None]:
+    """Matrix products of fp32 are of fp32 in the block, whatever `model.matmul_precision` allows outside."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def full_precision(x: Tensor) -> Tensor:

@@ -38,8 +38,8 @@ def test_a_second_run_reads_what_the_first_made(tmp_path, monkeypatch):
     assert made_before(teacher, shape, ROWS, FIT, CPU, tmp_path)["layers"] == record["layers"]
 
 
-@pytest.mark.parametrize("what", ["weight", "rows", "steps", "shape"])
-def test_another_teacher_data_or_option_is_another_student(what):
+@pytest.mark.parametrize("what", ["weight", "rows", "steps", "shape", "products"])
+def test_another_teacher_data_or_option_is_another_student(what, monkeypatch):
     teacher, shape, rows, fit = tiny.tiny_llama(), Shape([0], 16), ROWS, FIT
     name = digest(teacher, shape, rows, fit, CPU)
     assert digest(tiny.tiny_llama(), shape, Rows.of(IDS.clone()), fit, CPU) == name
@@ -49,6 +49,8 @@ def test_another_teacher_data_or_option_is_another_student(what):
         rows = Rows.of(IDS.flip(0))
     elif what == "steps":
         fit = StudentFit(steps=3)
+    elif what == "products":
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
     else:
         shape = Shape([1], 16)
     assert digest(teacher, shape, rows, fit, CPU) != name

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from distill.errors import UserError
 from distill.models.layers import decoder_layers
+from distill.models.start import make as making
 from distill.models.start.fit import batches
 from distill.models.start.make import make_student
 from distill.models.start.shape import Shape, StudentFit
@@ -189,6 +190,27 @@ def test_the_same_seed_gives_the_same_bits_and_leaves_the_global_one_alone():
     other, _ = make_student(teacher, Shape([0, 1], 80), ROWS, StudentFit(steps=3, seed=1))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
+
+
+def test_closed_forms_are_in_fp32_and_training_as_asked_for(monkeypatch):
+    seen = []
+
+    def noted(called):
+        def call(*args, **options):
+            seen.append((called.__name__, torch.get_float32_matmul_precision()))
+            return called(*args, **options)
+
+        return call
+
+    for called in (making.narrow_ffn, making.principal_axes, making.train_alone):
+        monkeypatch.setattr(making, called.__name__, noted(called))
+    torch.set_float32_matmul_precision("medium")
+    try:
+        make_student(tiny.tiny_llama(), Shape([0, 1], 16, 12), ROWS, StudentFit(steps=2))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(seen) == {("narrow_ffn", "highest"), ("principal_axes", "highest"), ("train_alone", "medium")}
 
 
 def test_padding_and_first_positions_do_not_count():

@@ -1,8 +1,8 @@
 """Students that were made before, so that a second run of the same configuration starts at once.
 
 The name of an entry is a digest of all that it depends on: the teacher's configuration, weights and buffers, the shape,
-how it is fitted, the calibration rows and the kind of device. One process makes it under a lock while others of the
-machine wait; it appears whole or not at all, so one that was killed is made again from the start.
+how it is fitted, the calibration rows, the kind of device and its products. One process makes it under a lock while
+others of the machine wait; it appears whole or not at all, so one that was killed is made again from the start.
 """
 
 import hashlib
@@ -87,6 +87,7 @@ def digest(teacher: PreTrainedModel, shape: Shape, rows: Rows, fit: StudentFit, 
         "fit": asdict(fit),
         "device": place.device.type,
         "autocast": str(place.autocast),
+        "products": torch.get_float32_matmul_precision(),
     }
     found = hashlib.sha256(json.dumps(words, sort_keys=True, default=str).encode())
     for tensor in (rows.ids_RL, rows.counted_RL, rows.positions_RL):

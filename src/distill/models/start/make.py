@@ -3,7 +3,8 @@
 Of a layer that the student keeps, the target is the teacher's state before the next layer that it keeps, so the layer
 learns to stand for those that were dropped as well. FFNs of another width get neurons of the teacher's block chosen and
 fitted in closed form; then the layer, or where the depth is the teacher's the FFN alone, is trained for a moment by
-itself. One state of each model and one layer's optimizer are all that is held beside the models.
+itself. Beside the models a few states of all rows and one layer's optimizer are held. Closed forms are computed in fp32
+whatever `model.matmul_precision` says: in bf16 the layers of a small teacher left 3 to 6% more unexplained.
 
 Shapes: R rows, L positions, D width of the student, N counted positions, E experts.
 """
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 
 from distill.models.cut import cut_layers
 from distill.models.layers import decoder_layers
+from distill.models.precision import whole_products
 from distill.models.start.experts import refit_experts
 from distill.models.start.ffn import Block, ffn_of, has_constant, is_known, read_block, write_ffn
 from distill.models.start.fit import (
@@ -84,6 +86,7 @@ def make_student(
     return student.requires_grad_(True).train(), made
 
 
+@whole_products()
 def _cut(teacher: PreTrainedModel, shape: Shape, rows: Rows, place: Place) -> tuple[PreTrainedModel, Axes | None]:
     """The student with everything but its FFNs, and its axes where it is narrower."""
     if shape.hidden_size is not None:
@@ -201,6 +204,7 @@ class _Making:
         unit_RLD = states_RLD * torch.rsqrt(states_RLD.square().mean(-1, keepdim=True) + 1e-6)
         return self._turned(unit_RLD) / self.axes.scale
 
+    @whole_products()
     def _fill(self, layer: int, index: int, goal: Goal, student_RLD: Tensor, seen: Seen | None) -> Task | None:
         """Gives a layer its FFN; returns what that is to do, None where it is the teacher's own."""
         if seen is None:
