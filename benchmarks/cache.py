@@ -42,7 +42,7 @@ from distill.losses.engine.loss import distillation_loss
 from distill.models.cut import cut_layers
 from distill.models.head import LMHead, lm_head_of
 from distill.models.load import load_model
-from distill.models.trace import Needs
+from distill.models.trace import Needs, Trace
 from distill.teachers.cache_files import Shelf, described_shard, write_shard
 from distill.teachers.encodings import Block, Encoding, Hidden, Sampled, TopK
 from distill.teachers.online import OnlineTeacher
@@ -245,7 +245,9 @@ class _Cached:
     @torch.no_grad()
     def __call__(self, batch: Batch, needs: Needs, state: CurriculumState, kd: bool) -> Taught:
         """What a cache does in a step."""
-        return Taught(None, None, self.encoding.decode(self.shelf.read(range(ROWS)), self.head))
+        return Taught(
+            Trace(torch.zeros(0), {}, {}), None, self.encoding.decode(self.shelf.read(range(ROWS)), self.head)
+        )
 
 
 def anonymous_mb() -> float:

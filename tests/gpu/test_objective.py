@@ -18,9 +18,9 @@ from distill.losses.routing import Routing
 from distill.models.attention import settle_attention
 from distill.models.experts import cast_experts
 from distill.models.head import lm_head_of, widens
-from distill.models.trace import merged
 from distill.teachers.online import OnlineTeacher
 from distill.teachers.source import Run
+from distill.training.build import teacher_needs
 from distill.training.objective import objective
 from distill.training.options import ModelOptions
 from helpers.fake_cuda import fake, fake_cuda, onto
@@ -59,7 +59,7 @@ def rehearse(
     for component in components:
         component.build(theirs, ours, 2)
     source = OnlineTeacher(theirs)
-    source.open(Run(chosen.kd_loss, merged(c.teacher_needs for c in components), lm_head_of(ours).vocab_size))
+    source.open(Run(chosen.kd_loss, teacher_needs(chosen.components), lm_head_of(ours).vocab_size))
     state = CurriculumState(3, 0.5, dict.fromkeys(WEIGHT_KEYS, 1.0), 2.0, None)
     batch = batch_of(packed)
     widens.cache_clear()

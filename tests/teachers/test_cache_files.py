@@ -79,7 +79,7 @@ def test_a_manifest_that_was_changed_or_is_newer_is_refused(folder):
     with pytest.raises(UserError, match="damaged manifest"):
         read_manifest(folder)
     (folder / MANIFEST).write_text(json.dumps({"format": 99, "checksum": "", "more": 1}))
-    with pytest.raises(UserError, match="format 99, newer than 1; update student-aware-distillation"):
+    with pytest.raises(UserError, match="format 99, newer than 2; update student-aware-distillation"):
         read_manifest(folder)
     (folder / MANIFEST).rename(folder / cache_files.BUILDING)
     with pytest.raises(UserError, match=re.escape("is unfinished; run distill cache --output")):

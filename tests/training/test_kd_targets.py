@@ -12,7 +12,6 @@ from distill.errors import UserError
 from distill.losses.engine.divergence import KDLoss
 from distill.losses.engine.loss import distillation_loss
 from distill.models.head import lm_head_of
-from distill.models.trace import Needs
 from distill.teachers.online import OnlineTeacher
 from distill.teachers.source import Run
 from distill.teachers.targets import DenseTargets, sampled_targets, top_k_targets
@@ -42,7 +41,7 @@ def batch():
 
 def losses(models, batch, state, kd, **options):
     student, teacher = models
-    teacher.open(Run(kd, Needs(), tiny.VOCAB))
+    teacher.open(Run(kd, {}, tiny.VOCAB))
     return objective(batch, student, teacher, ["kd_loss"], state, 1.0, kd=kd, **options)
 
 
@@ -122,7 +121,7 @@ def test_measuring_kd_at_weight_zero_changes_no_bit(models, batch, kd, monkeypat
     monkeypatch.setattr("distill.losses.engine.walk._CHUNK_BYTES_CPU", 60_000)
     student, teacher = models
     state, gradients = Curriculum(kd=[[0.0, 0.0], [0.5, 1.0]]).state_at(0, 10), []
-    teacher.open(Run(kd, Needs(), tiny.VOCAB))
+    teacher.open(Run(kd, {}, tiny.VOCAB))
     for watched in ([], ["kd_loss"]):
         result = objective(batch, student, teacher, ["kd_loss", "lm_loss"], state, 1.0, kd=kd, measure_inactive=watched)
         assert list(result.breakdown.raw) == [*watched, "lm_loss"]

@@ -38,7 +38,7 @@ def _on_this_rank(
     from lightning.pytorch.utilities import rank_zero_info
 
     from distill.commands.evaluate import tracked
-    from distill.training.build import temperature_of
+    from distill.training.build import curriculum_of
     from distill.training.cache_build import CacheBuilder
 
     if data.streaming:
@@ -53,7 +53,7 @@ def _on_this_rank(
         data.prepare_data()
     strategy.barrier()
     data.setup("fit")
-    builder = CacheBuilder(request, module.options, trainer, data, temperature_of(trainer), rank_zero_info)
+    builder = CacheBuilder(request, module.options, trainer, data, curriculum_of(trainer), rank_zero_info)
     manifest = builder.build(lambda tasks: tracked(tasks, "Caching"))
     if trainer.is_global_zero:
         print("\n".join(described(Path(request.output), manifest)), flush=True)
@@ -62,8 +62,9 @@ def _on_this_rank(
 def described(folder: Path, manifest: Any) -> list[str]:
     """What a cache holds, in lines."""
     from distill.teachers.cache_files import summary
+    from distill.teachers.cached_states import States
 
-    teacher = manifest.teacher
+    teacher, states = manifest.teacher, States.described_by(manifest.states)
     lines = [
         f"{folder}: format {manifest.format}, of {teacher['source']} ({teacher['kind']}, "
         f"{teacher['parameters'] / 1e6:,.1f}M parameters in {teacher['dtype']}, {teacher['vocabulary']:,} ids)"
@@ -79,6 +80,11 @@ def described(folder: Path, manifest: Any) -> list[str]:
             f"  {part}: {sums['encoding']} ({told}), {sums['rows']:,} rows, {sums['tokens']:,} targets, "
             f"{sums['bytes'] / 1e6:,.1f} MB, {sums['bytes_per_target']:.1f} B a target"
         )
+        if sums["positions"]:
+            lines.append(
+                f"    beside them {states}: {sums['positions']:,} positions, "
+                f"{sums['positions'] * states.bytes / 1e6:,.1f} MB, {states.bytes:,} B a position"
+            )
     return lines
 
 

@@ -99,6 +99,7 @@ class ProgramTrainer(DistillTrainer):
         output: str,
         encoding: str | None = None,
         dtype: str | None = None,
+        states: bool = False,
         max_rows: int | None = None,
         shard_rows: int | None = None,
         ckpt_path: str | None = None,
@@ -114,6 +115,7 @@ class ProgramTrainer(DistillTrainer):
             output: folder.
             encoding: hidden, top_k or sampled; null = what `model.kd_loss` learns from.
             dtype: that hidden states are rounded to, float32 or bfloat16; null = the teacher's own.
+            states: whether to write what the configured losses on layers look at, too.
             max_rows: of training and of validation rows, the first ones, to try it; null = all.
             shard_rows: rows of a file; null = about 64 MiB.
             ckpt_path: not looked into; taken so that a run's own config.yaml serves.
@@ -122,7 +124,7 @@ class ProgramTrainer(DistillTrainer):
         from distill.commands.cache import build  # which the other commands need not wait for
         from distill.training.cache_request import Request
 
-        build(self, model, datamodule, Request(output, encoding, dtype, max_rows, shard_rows))
+        build(self, model, datamodule, Request(output, encoding, dtype, states, max_rows, shard_rows))
 
 
 class DistillCLI(LightningCLI):

@@ -22,6 +22,7 @@ from distill.losses.component import OneLoss, check_coefficient
 from distill.losses.layers import check_layers, same_depth, spread
 from distill.losses.states import apply, normalise
 from distill.models.precision import full_precision
+from distill.models.skeleton import same_embeddings
 from distill.models.trace import Needs, Trace
 
 DEFAULT_PAIRS = 4  # or as many as the student has layers
@@ -126,7 +127,7 @@ class Layerwise(OneLoss, nn.Module):
                 f"model.layerwise.projection: none between states of {ours.hidden_size} and {theirs.hidden_size} "
                 "numbers; set auto or linear"
             )
-        plain = self.projection == "none" or (self.projection == "auto" and _same_embeddings(teacher, student))
+        plain = self.projection == "none" or (self.projection == "auto" and same_embeddings(teacher, student))
         pairs = [] if plain else self.pairs
         self.projections = nn.ModuleList(nn.Linear(ours.hidden_size, theirs.hidden_size) for _ in pairs)
 
@@ -160,10 +161,3 @@ class Layerwise(OneLoss, nn.Module):
                 distance_N = PLAIN_DISTANCES[self.distance](states_ND, target_ND)
             values.append((distance_N * counts_N).sum())
         return torch.stack(values).mean() * self.coefficient
-
-
-def _same_embeddings(teacher: PreTrainedModel, student: PreTrainedModel) -> bool:
-    """Whether a student has the teacher's embeddings, up to the rounding of its dtype."""
-    both: list[Any] = [model.get_input_embeddings() for model in (student, teacher)]
-    ours, theirs = (embedding.weight for embedding in both)
-    return ours.shape == theirs.shape and torch.equal(ours.to(theirs), theirs)

@@ -19,6 +19,12 @@ def weights_digest(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """Of a tensor's numbers, wherever they lie."""
+    numbers: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return xxhash.xxh3_128(numbers).hexdigest()
+
+
 def tokenizer_digest(tokenizer: Any) -> str:
     """Of what turns text into ids; how batches are padded or cut is no part of it."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -86,7 +86,7 @@ class Trace:
     """What a forward pass left.
 
     Args:
-        last_BLD: last hidden state, after the final norm, before the head.
+        last_BLD: last hidden state, after the final norm, before the head; of a teacher from a cache nothing, [0].
         hidden: layer -> its output [B, L, D].
         attention: layer -> its queries, keys and values.
         records: layer -> what its recorder noted.
@@ -164,6 +164,12 @@ def _reading_attention(model: PreTrainedModel, layers: frozenset[int]) -> Iterat
             ALL_ATTENTION_FUNCTIONS[name] = original
 
 
+def four_tokens(device: torch.device) -> Tokens:
+    """A row of four made-up tokens."""
+    ids_1L = torch.arange(4, device=device)[None]
+    return Tokens(ids_1L, ids_1L, torch.ones_like(ids_1L), ids_1L, ids_1L[0, :-1], packed=False)
+
+
 @torch.no_grad()
 def try_attention(model: PreTrainedModel, layer: int, key: str) -> QKV:
     """Queries, keys and values of a layer on four made-up tokens.
@@ -176,10 +182,8 @@ def try_attention(model: PreTrainedModel, layer: int, key: str) -> QKV:
     Raises:
         UserError: the layer's attention cannot be read.
     """
-    ids_1L = torch.arange(4, device=model.device)[None]
-    tokens = Tokens(ids_1L, ids_1L, torch.ones_like(ids_1L), ids_1L, ids_1L[0, :-1], packed=False)
     training = model.training
-    attention = trace(model.eval(), tokens, Needs(attention=frozenset([layer]))).attention
+    attention = trace(model.eval(), four_tokens(model.device), Needs(attention=frozenset([layer]))).attention
     model.train(training)
     if layer not in attention:
         used = model.get_decoder().config._attn_implementation

@@ -12,19 +12,15 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import nn
 from transformers import PreTrainedModel
 
 from distill.data.datamodule import DistillationDataModule
 from distill.models import load
-from distill.models.cut import kept_layers
-from distill.models.layers import decoder_layers
 from distill.models.precision import student_dtype, teacher_dtype
 from distill.models.skeleton import skeleton
-from distill.models.start.shape import Shape as StudentShape
-from distill.models.start.skeleton import unmade_student
 from distill.preflight.live_bytes import Shape
 from distill.training.options import ModelOptions
+from distill.training.start import student_skeleton
 
 GIB = 2**30
 
@@ -84,23 +80,10 @@ def skeletons(options: ModelOptions, precision: str, device: str) -> tuple[PreTr
         precision: of the trainer.
         device: cpu, cuda, ...
     """
-    sources, remote = options.student_sources, options.trust_remote_code
     learns, frozen = student_dtype(precision), teacher_dtype(options.teacher_dtype, precision, device)
-    config = load.load_config(options.teacher, trust_remote_code=remote)
-    teacher = skeleton(config, frozen, remote)
-    if options.is_cut:
-        like = skeleton(config, learns, remote)
-        depth = len(decoder_layers(like))
-        layers = range(depth) if options.student_layers is None else options.student_layers
-        kept = kept_layers(list(layers) if isinstance(layers, range) else layers, depth, "model.student_layers")
-        with torch.device("meta"):
-            shape = StudentShape(kept, options.student_intermediate_size, options.student_hidden_size)
-            student = nn.Module.to(unmade_student(like, shape), learns)
-    else:
-        source = sources["student"] if sources["student_config"] is None else sources["student_config"]
-        vocab_size = None if sources["student_config"] is None else head_size(teacher)
-        config = load.load_config(source, vocab_size=vocab_size, trust_remote_code=remote, key="model.student")
-        student = skeleton(config, learns, remote)
+    config = load.load_config(options.teacher, trust_remote_code=options.trust_remote_code)
+    teacher = skeleton(config, frozen, options.trust_remote_code)
+    student = student_skeleton(options, config, head_size(teacher), learns)
     if options.lora is not None:
         options.lora.add_to(student)
     return teacher, student

@@ -3,7 +3,8 @@
     cache/
       manifest.json            what it holds, of whom, and the checksum of every file; there once all shards are
       building.json            the same while it is being built
-      shard-00000.safetensors  rows: their digests, where their tokens begin, and the encoded tokens
+      shard-00000.safetensors  rows: their digests, where their tokens begin, and the encoded tokens; with states of
+                               layers those of every position, and where a row's begin
       head.safetensors         the teacher's head
       config.json, tokenizer.json, ...  the teacher's, as transformers writes them
 
@@ -12,9 +13,10 @@ Shards are memory-mapped and read a row at a time, wherever it stands. A file ap
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,12 @@ from torch import Tensor
 from distill.errors import UserError
 from distill.models.digests import file_digest
 from distill.models.head import LMHead
-from distill.teachers.encodings import Block, encoding_of
+from distill.teachers.cached_states import States
+from distill.teachers.encodings import Block
 
-FORMAT = 1
+FORMAT = 2  # 1 had no states of layers
 MANIFEST, BUILDING, HEAD = "manifest.json", "building.json", "head.safetensors"
+STATES = "states"  # of a shard's tensors
 OPEN_SHARDS = 32  # that are mapped at a time
 
 
@@ -44,6 +48,7 @@ class Shard:
         encoding: "training" or "validation", which of the manifest's encodings its rows are in.
         rows, tokens, bytes: how many of each.
         checksum: of the file.
+        positions: whose states of layers it has.
     """
 
     file: str
@@ -52,6 +57,7 @@ class Shard:
     tokens: int
     bytes: int
     checksum: str
+    positions: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class Manifest:
     """What a cache holds and what it belongs to.
 
     Args:
-        teacher: source, revision, weights (their digest), kind, parameters, dtype, top_k, quantization.
+        teacher: source, revision, weights and embeddings (their digests), kind, parameters, dtype, top_k, quantization.
         tokenizer: digest.
         encodings: "training" and "validation" -> an encoding, described.
         head: scale and softcap.
@@ -68,6 +74,7 @@ class Manifest:
         shards: the files of rows, in the order of their names.
         plan: digest of the rows that are being added, while they are.
         format: of all this.
+        states: of layers, described, that a position has beside its target; none without losses on layers.
     """
 
     teacher: dict[str, Any]
@@ -79,11 +86,13 @@ class Manifest:
     shards: list[Shard] = field(default_factory=list)
     plan: str = ""
     format: int = FORMAT
+    states: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def identity(self) -> str:
-        """Digest of the targets' meaning: teacher, tokenizer and encodings, not which rows there are."""
+        """Digest of the targets' meaning: teacher, tokenizer, encodings and states, not which rows there are."""
         what = [self.teacher["weights"], self.teacher["top_k"], self.tokenizer, self.encodings]
+        what += [self.states] if self.states else []
         return xxhash.xxh3_128(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -155,31 +164,39 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise UserError(f"--output: {path} can't be written ({error.strerror}); make room and run it again") from error
 
 
-def write_shard(path: Path, digests_R2: np.ndarray, blocks: list[Block]) -> None:
+def write_shard(path: Path, digests_R2: np.ndarray, blocks: list[Block], states: Sequence[Tensor] = ()) -> None:
     """Writes encoded rows; see the module.
 
     Args:
         path: of the file.
         digests_R2: of the rows, uint64 [R, 2].
         blocks: of the rows, in the same order.
+        states: of the layers at the positions of each row, uint8 [positions, W], on the CPU; none where none are kept.
     """
-    tokens_R = torch.tensor([len(block.record_NW) for block in blocks])
-    bytes_R = torch.tensor([block.stream.numel() for block in blocks])
     content = {
         "rows": torch.from_numpy(digests_R2.view(np.int64)),
-        "first_token": torch.cat([torch.zeros(1, dtype=torch.int64), tokens_R.cumsum(0)]),
-        "first_byte": torch.cat([torch.zeros(1, dtype=torch.int64), bytes_R.cumsum(0)]),
+        "first_token": _beginnings(len(block.record_NW) for block in blocks),
+        "first_byte": _beginnings(block.stream.numel() for block in blocks),
         "record": torch.cat([block.record_NW for block in blocks]).cpu(),
         "stream": torch.cat([block.stream for block in blocks]).cpu(),
     }
+    if states:
+        content |= {"first_position": _beginnings(map(len, states)), STATES: torch.cat(list(states))}
     write_atomically(path, save(content))
+
+
+def _beginnings(lengths: Iterable[int]) -> Tensor:
+    """Where each of some pieces begins that lie behind each other, and where the last one ends, int64."""
+    return torch.tensor([0, *accumulate(lengths)])
 
 
 def described_shard(path: Path, encoding: str) -> Shard:
     """What the manifest says of a shard, read from it."""
     with safe_open(path, framework="np") as file:
         rows, tokens = file.get_slice("rows").get_shape()[0], file.get_slice("record").get_shape()[0]
-    return Shard(path.name, encoding, rows, tokens, path.stat().st_size, file_digest(path))
+        names = file.keys()
+        positions = file.get_slice(STATES).get_shape()[0] if STATES in names else 0
+    return Shard(path.name, encoding, rows, tokens, path.stat().st_size, file_digest(path), positions)
 
 
 def damage(folder: Path, manifest: Manifest, tell: Callable[[str], None] = lambda line: None) -> str | None:
@@ -223,14 +240,16 @@ def summary(manifest: Manifest) -> dict[str, Any]:
     """Rows, targets and bytes of each part of a cache.
 
     Returns:
-        part -> encoding, rows, tokens, bytes, bytes_per_target.
+        part -> encoding, rows, tokens, positions, bytes but those of states of layers, bytes_per_target.
     """
     found: dict[str, Any] = {}
+    position_bytes = States.described_by(manifest.states).bytes
     for part, described in manifest.encodings.items():
         shards = [asdict(shard) for shard in manifest.shards if shard.encoding == part]
-        sums = {key: sum(shard[key] for shard in shards) for key in ("rows", "tokens", "bytes")}
+        sums = {key: sum(shard[key] for shard in shards) for key in ("rows", "tokens", "positions", "bytes")}
+        sums["bytes"] -= sums["positions"] * position_bytes
         each = sums["bytes"] / sums["tokens"] if sums["tokens"] else 0.0
-        found[part] = {"encoding": encoding_of(described).name, **sums, "bytes_per_target": each}
+        found[part] = {"encoding": described["name"], **sums, "bytes_per_target": each}
     return found
 
 
@@ -248,9 +267,15 @@ class Shelf:
         self._first_S = np.cumsum([0, *(shard.rows for shard in self.shards)])
         self._opened = lru_cache(OPEN_SHARDS)(self._open)
 
-    def _open(self, number: int) -> tuple[Any, np.ndarray, np.ndarray]:
+    def _open(self, number: int) -> tuple[Any, dict[str, np.ndarray]]:
         file = safe_open(self._paths[number], framework="np")
-        return file, file.get_tensor("first_token"), file.get_tensor("first_byte")
+        names = file.keys()
+        return file, {name: file.get_tensor(name) for name in names if name.startswith("first_")}
+
+    def _find(self, place: int) -> tuple[Any, dict[str, np.ndarray], int]:
+        """The file of a row, where its rows' pieces begin, and which row of it that is."""
+        number = int(np.searchsorted(self._first_S, place, "right")) - 1
+        return *self._opened(number), place - int(self._first_S[number])
 
     def digests(self) -> np.ndarray:
         """Of all rows, uint64 [R, 2]."""
@@ -264,13 +289,32 @@ class Shelf:
         """The encoded tokens of some rows, one behind the other."""
         records, streams = [], []
         for place in places:
-            number = int(np.searchsorted(self._first_S, place, "right")) - 1
-            file, first_token, first_byte = self._opened(number)
-            row = place - int(self._first_S[number])
-            records.append(file.get_slice("record")[int(first_token[row]) : int(first_token[row + 1])])
-            if first_byte[-1]:  # safetensors slices no empty tensor
-                streams.append(file.get_slice("stream")[int(first_byte[row]) : int(first_byte[row + 1])])
+            file, first, row = self._find(place)
+            records.append(_piece(file, "record", first["first_token"], row))
+            if first["first_byte"][-1]:  # safetensors slices no empty tensor
+                streams.append(_piece(file, "stream", first["first_byte"], row))
         return Block(_joined(records), _joined(streams))
+
+    def read_states(self, places: Sequence[int], shape: tuple[int, int], width: int) -> Tensor:
+        """The states of layers of some rows, uint8 (*shape, width), zeros behind the end of a row.
+
+        Args:
+            places: of at most as many rows as the shape has.
+            shape: B, L of the batch.
+            width: bytes of a position.
+        """
+        read_BLW = torch.zeros(*shape, width, dtype=torch.uint8)
+        for row, place in enumerate(places):
+            file, first, here = self._find(place)
+            piece = _piece(file, STATES, first["first_position"], here)
+            read_BLW[row, : len(piece)] = torch.from_numpy(piece)
+        return read_BLW
+
+
+def _piece(file: Any, name: str, first: np.ndarray, row: int) -> np.ndarray:
+    """A row's piece of a tensor whose rows begin there."""
+    piece: np.ndarray = file.get_slice(name)[int(first[row]) : int(first[row + 1])]
+    return piece
 
 
 def _joined(parts: list[np.ndarray]) -> Tensor:

@@ -4,8 +4,8 @@ Before the first step every file is read once and compared with its checksum, an
 will read is looked up, so rows may come in any order, in any split over ranks, and be fewer than the cache holds. What
 the cache has for another temperature, tokenizer or thinning is refused there.
 
-It knows nothing of the teacher's layers; losses that look at them are refused. Draws are those of the cache: the same
-in every epoch, where a live teacher draws anew each step.
+What losses on layers look at comes from it too, as far as it was built with that; what is not there is refused. Draws
+are those of the cache: the same in every epoch, where a live teacher draws anew each step.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,9 @@ from distill.curriculum import CurriculumState, Schedule
 from distill.errors import UserError
 from distill.losses.engine.divergence import KDLoss
 from distill.models.head import LMHead
-from distill.models.trace import Needs
+from distill.models.trace import Needs, Trace
 from distill.teachers.cache_files import Manifest, Shelf, damage, load_head, read_manifest, trouble
+from distill.teachers.cached_states import States
 from distill.teachers.encodings import Block, Encoding, Hidden, Sampled, TopK, encoding_of
 from distill.teachers.source import KnownRows, ReadData, Run, Taught, thinned
 from distill.teachers.targets import Targets
@@ -52,6 +53,7 @@ class CachedTeacher:
         hidden = encoding_of(self.manifest.encodings["validation"])
         assert isinstance(hidden, Hidden)
         self.hidden = hidden
+        self.states = States.described_by(self.manifest.states)
         self.head: LMHead | None = None
         self._sparse, self._whole = shelves(self.folder, self.manifest)
         self._sparse_place, self._whole_place = (np.full(0, -1) for _ in range(2))
@@ -63,8 +65,7 @@ class CachedTeacher:
             UserError: it does not; says what differs.
         """
         self.kd, self.student_vocab = run.kd, run.student_vocab
-        if run.needs != Needs():
-            raise trouble(self.folder, "holds nothing of the teacher's layers", "leave the losses on layers out")
+        self.states.check(f"the cache {self.folder}", run.needs, run.top_k_experts)
         if run.data is None:
             raise trouble(self.folder, "is addressed by the rows of a DistillationDataModule", "give the trainer one")
         if run.data.training is None:
@@ -82,7 +83,7 @@ class CachedTeacher:
         if (wrong := damage(self.folder, self.manifest)) is not None:
             raise trouble(self.folder, wrong, "copy it again, or remove the folder and build it anew")
         self.head = load_head(self.folder, self.manifest)
-        self._find_rows(run.data)
+        self._find_rows(run.data, training=run.kd is not None or bool(run.needs))
 
     def _check_thinning(self, kd: KDLoss) -> None:
         """Refuses other targets than `kd_loss` would learn from with the teacher at hand."""
@@ -120,13 +121,13 @@ class CachedTeacher:
                 f"made at {made.temperature:g}; set it to that constant, or build with --encoding hidden"
             )
 
-    def _find_rows(self, data: ReadData) -> None:
-        """Looks up where each row stands, by number."""
+    def _find_rows(self, data: ReadData, training: bool) -> None:
+        """Looks up where each row stands, by number; training rows where something of them will be read."""
         assert data.training is not None
         whole_S2 = self._whole.digests()
         for rows in data.validation:
             self._whole_place = self._found(rows, whole_S2, self._whole_place, data, "validation")
-        if self.kd is None:
+        if not training:
             return
         if isinstance(self.training, Hidden):
             self._whole_place = self._found(data.training, whole_S2, self._whole_place, data, "training")
@@ -180,8 +181,17 @@ class CachedTeacher:
             block = self._read(self._whole, places, self.hidden)
             whole = self.hidden.decode(block.to(_device(batch)), self.head)
             targets = thinned(whole, self.kd, self.student_vocab, state, batch) if kd else None
-            return Taught(None, whole, targets)
-        return Taught(None, None, self._learned(batch) if kd else None)
+            return Taught(self._trace(self._whole, places, batch, needs), whole, targets)
+        places = _at(self._sparse_place, batch.rows) or []
+        return Taught(self._trace(self._sparse, places, batch, needs), None, self._learned(batch) if kd else None)
+
+    def _trace(self, shelf: Shelf, places: Sequence[int], batch: Batch, needs: Needs) -> Trace:
+        """The states of layers of some rows that are needed; nothing is read where none are."""
+        if needs == Needs():
+            return Trace(torch.zeros(0), {}, {})
+        rows, length = batch.teacher.input_ids.shape
+        read_BLW = shelf.read_states(places, (rows, length), self.states.bytes)
+        return self.states.decode(read_BLW.to(_device(batch), non_blocking=True), needs)
 
     def stored(self, batch: Batch) -> Targets:
         """What the cache holds of training rows, as the engine learns from it; whole states where it holds those."""

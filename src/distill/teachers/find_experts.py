@@ -5,6 +5,7 @@ router whose weights are neither a softmax nor a sigmoid of its logits, or an FF
 is refused in one line. A family with another kind of gate needs code here first.
 """
 
+import copy
 from typing import Any, Literal
 
 import torch
@@ -40,8 +41,9 @@ def moe_view(layer: nn.Module, index: int, width: int) -> MoeView | None:
     trouble = f"model.teacher: routing losses cannot read the router {type(router).__name__} of layer {index}"
     remedy = "its gate would need an adapter in distill/teachers/find_experts.py; leave the routing losses out"
     try:
-        weight = next(router.parameters())
-        logits_NE, weights_NK, index_NK = call_router(router, made_up_tokens(width, weight), min(2, num_experts))
+        tried = with_made_up_weights(router)
+        states_ND = made_up_tokens(width, next(tried.parameters()))
+        logits_NE, weights_NK, index_NK = call_router(tried, states_ND, min(2, num_experts))
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{trouble} ({error}); {remedy}") from error
     share_NK = full_precision(weights_NK) / full_precision(weights_NK).sum(-1, keepdim=True)
@@ -53,6 +55,18 @@ def moe_view(layer: nn.Module, index: int, width: int) -> MoeView | None:
     if not error_of[sigmoid] < (1e-3 if weights_NK.dtype in (torch.float32, torch.float64) else 2e-2):
         raise UserError(f"{trouble}: its weights are neither a softmax nor a sigmoid of its logits; {remedy}")
     return MoeView(index, router, block.experts, num_experts, native_k, width, sigmoid)
+
+
+def with_made_up_weights(router: nn.Module) -> nn.Module:
+    """The router itself, or of one without memory a copy on the CPU: what its gate is doesn't depend on its weights."""
+    weight = next(router.parameters())
+    if not weight.is_meta:
+        return router
+    made = copy.deepcopy(router).to_empty(device="cpu")
+    for tensor in made.state_dict().values():
+        fixed = torch.arange(tensor.numel()).sin().view(tensor.shape) if tensor.ndim > 1 else torch.zeros(tensor.shape)
+        tensor.copy_(fixed * (2 / weight.shape[-1]) ** 0.5)  # logits of unit scale
+    return made
 
 
 @torch.no_grad()
@@ -79,6 +93,8 @@ def dense_view(layer: nn.Module, index: int, width: int, num_experts: int, nativ
         raise UserError(
             f"model.routing.num_experts: {num_experts} does not divide the {num_neurons} FFN neurons; try one of {near}"
         )
+    if weight.is_meta:  # there is nothing to try it on, nor will its slices be asked for
+        return DenseView(index, down, num_experts, native_k, width)
     kept: list[Tensor] = []
     handle = down.register_forward_hook(lambda module, args, output: kept.append(output))
     try:

@@ -52,16 +52,18 @@ class Run:
 
     Args:
         kd: options of `kd_loss`, None where it is off.
-        needs: what all configured components look at together.
+        needs: what each configured component looks at, by the key of `model:` that says so.
         student_vocab: ids of the student's head.
         temperature: of the KD softmaxes, over the whole run.
+        top_k_experts: per token of routing losses, over the whole run; None = the teacher's native number.
         data: what it will read; None where that is not known.
     """
 
     kd: KDLoss | None
-    needs: Needs
+    needs: Mapping[str, Needs]
     student_vocab: int
     temperature: Schedule = 1.0
+    top_k_experts: Schedule | None = None
     data: ReadData | None = None
 
 
@@ -70,13 +72,13 @@ class Taught:
     """What the teacher says of a batch, all of it detached.
 
     Args:
-        trace: what components look at, and the last hidden state; None of a source without layers.
+        trace: what components look at, and of a live teacher the last hidden state.
         whole: the whole distribution of each valid token, which weight-free metrics compare with; None where the source
             does not have it for these rows.
         targets: what `kd_loss` learns from, thinned where its options say so; None where it was not asked for.
     """
 
-    trace: Trace | None
+    trace: Trace
     whole: DenseTargets | None
     targets: Targets | None
 

@@ -3,6 +3,7 @@
 A student that is cut from its teacher needs the teacher whole in memory first.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distill.curriculum import Schedule
+from distill.curriculum import WEIGHT_KEYS, Schedules
 from distill.data.datamodule import DistillationDataModule
 from distill.errors import UserError
 from distill.losses.component import Component
@@ -23,7 +24,7 @@ from distill.models.first_rank import deal_out, made_by_first_rank
 from distill.models.fsdp2 import check_strategy, policy_of, shard
 from distill.models.head import check_lm_head, lm_head_of
 from distill.models.precision import cast, check_experts, student_dtype, teacher_dtype
-from distill.models.trace import merged
+from distill.models.trace import Needs
 from distill.teachers.cache_files import is_cache, read_manifest
 from distill.teachers.cached import CachedTeacher
 from distill.teachers.online import OnlineTeacher, quantize
@@ -71,9 +72,17 @@ def _checked(options: ModelOptions, trainer: L.Trainer) -> Checked:
     source: TargetSource = (
         CachedTeacher(options.teacher, teacher) if cached else OnlineTeacher(teacher, options.teacher_top_k)
     )
-    needs = merged(component.teacher_needs for component in components)
-    vocabulary, temperature = lm_head_of(student).vocab_size, temperature_of(trainer)
-    source.open(Run(options.kd_loss, needs, vocabulary, temperature, read_data(trainer)))
+    curriculum = curriculum_of(trainer)
+    source.open(
+        Run(
+            options.kd_loss,
+            teacher_needs(options.components),
+            lm_head_of(student).vocab_size,
+            curriculum.temperature,
+            curriculum.top_k_experts,
+            read_data(trainer),
+        )
+    )
     if options.teacher_quantization is not None and not cached:
         quantize(teacher)
     if isinstance(trainer.strategy, ModelParallelStrategy):  # else Lightning does, but not with shards
@@ -189,12 +198,21 @@ def prepared_student(options: ModelOptions, trainer: L.Trainer, student: PreTrai
     return student.train()
 
 
-def temperature_of(trainer: L.Trainer) -> Schedule:
-    """Of the KD softmaxes over the whole run: the curriculum's, 1 without one."""
+def teacher_needs(components: Mapping[str, Component]) -> dict[str, Needs]:
+    """What built components look at, by the key of `model:` that chooses the teacher's layers."""
+    found = {}
+    for key, component in components.items():
+        own = next((name for name in ("teacher_layers", "teacher_layer") if hasattr(component, name)), None)
+        found[f"model.{key}.{own}" if own else f"model.{key}"] = component.teacher_needs
+    return found
+
+
+def curriculum_of(trainer: L.Trainer) -> Schedules:
+    """What changes over the whole run: weights of 1 at temperature 1 without a curriculum."""
     from distill.training.callbacks.curriculum import Curriculum  # which knows the module, which knows this
 
     found = callbacks_of(trainer, Curriculum)
-    return found[0].temperature if found else 1.0
+    return found[0].schedules if found else Schedules(**dict.fromkeys(WEIGHT_KEYS, 1.0), temperature=1.0)
 
 
 def read_data(trainer: L.Trainer) -> ReadData | None:

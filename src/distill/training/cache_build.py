@@ -10,22 +10,25 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
 import xxhash
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
 
-from distill.curriculum import Schedule
+from distill.curriculum import Schedules
 from distill.data.datamodule import DistillationDataModule
 from distill.data.rows.table import MicroBatch, PackedRows
 from distill.errors import UserError
 from distill.models import load
-from distill.models.digests import file_digest, weights_digest
+from distill.models.digests import file_digest, tensor_digest, weights_digest
 from distill.models.head import lm_head_of
 from distill.models.precision import teacher_dtype
 from distill.models.quiet import quiet_transformers
+from distill.models.trace import four_tokens, merged
 from distill.teachers.cache_files import (
     BUILDING,
     HEAD,
@@ -41,11 +44,18 @@ from distill.teachers.cache_files import (
     write_shard,
 )
 from distill.teachers.cached import find, shelves
+from distill.teachers.cached_states import States
 from distill.teachers.encodings import Block, Encoding
 from distill.teachers.online import OnlineTeacher, quantize
 from distill.teachers.targets import DenseTargets
 from distill.training.build import prepared_teacher
-from distill.training.cache_request import Request, chosen_encodings, shared_vocabulary
+from distill.training.cache_request import (
+    Request,
+    chosen_encodings,
+    hidden_dtype,
+    shared_vocabulary,
+    states_to_store,
+)
 from distill.training.options import ModelOptions
 
 SHARD_BYTES = 64 << 20  # a shard has as many batches as this holds
@@ -81,7 +91,7 @@ class CacheBuilder:
         options: of the run.
         trainer: connected, its environment set up.
         data: set up, no stream.
-        temperature: of the run's KD softmaxes.
+        curriculum: of the run, for temperature and experts per token.
         tell: prints a line.
 
     Raises:
@@ -90,7 +100,7 @@ class CacheBuilder:
 
     def __init__(
         self, request: Request, options: ModelOptions, trainer: L.Trainer, data: DistillationDataModule,
-        temperature: Schedule, tell: Callable[[str], None],
+        curriculum: Schedules, tell: Callable[[str], None],
     ) -> None:  # fmt: skip
         if isinstance(trainer.strategy, ModelParallelStrategy):
             raise UserError(
@@ -105,19 +115,27 @@ class CacheBuilder:
         model = load.load_model(options.teacher, dtype=dtype, key="model.teacher", **options.load_options)
         prepared_teacher(options, trainer, model, dtype)
         known = weights_digest(model)
+        needs = states_to_store(request, options, model, lm_head_of(model).vocab_size)
+        self.needs = merged(needs.values())
         self.teacher = OnlineTeacher(model, options.teacher_top_k)
         if options.teacher_quantization is not None:
             quantize(model)
         self.teacher.to(device)
         self.head = lm_head_of(model)
+        embeddings: Any = model.get_input_embeddings()
         shared = shared_vocabulary(options, self.head.vocab_size)
-        self.encodings = chosen_encodings(request, options, temperature, dtype, shared)
+        self.encodings = chosen_encodings(request, options, curriculum.temperature, dtype, shared)
+        self.states = States.like(
+            self.teacher.trace(four_tokens(device), self.needs), self.needs, hidden_dtype(request)
+        )
+        self.states.check("what would be stored", needs, curriculum.top_k_experts)
         read = data.read_data()
         self.manifest = Manifest(
             teacher={
                 "source": options.teacher,
                 "revision": getattr(model.config, "_commit_hash", None),
                 "weights": known,
+                "embeddings": tensor_digest(embeddings.weight),
                 "kind": type(model).__name__,
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
                 "vocabulary": self.head.vocab_size,
@@ -129,6 +147,7 @@ class CacheBuilder:
             encodings={part: encoding.described() for part, encoding in self.encodings.items()},
             head={"scale": self.head.scale, "softcap": self.head.softcap},
             data=dict(read.read),
+            states=self.states.described(),
         )
 
     def build(self, track: Callable[[Sequence[Task]], Iterable[Task]] = iter) -> Manifest:
@@ -177,6 +196,13 @@ class CacheBuilder:
                 raise trouble(self.folder, f"is of {what}", "name another --output, or remove it")
         if there.tokenizer != self.manifest.tokenizer:
             raise trouble(self.folder, "was made with another tokenizer", "name another --output, or remove it")
+        if there.states != self.manifest.states:
+            held = States.described_by(there.states)
+            raise trouble(
+                self.folder,
+                f"holds {held}, not {self.states}",
+                "name another --output, remove it, or set --states and the losses on layers to what it was made with",
+            )
         if there.identity != self.manifest.identity:
             raise trouble(
                 self.folder,
@@ -222,28 +248,30 @@ class CacheBuilder:
         """Rows of a shard: whole batches."""
         if self.request.shard_rows is not None:
             return self.request.shard_rows
-        row_bytes = encoding.record_bytes(self.head.weight.shape[1]) * self.data.sequence_length
+        token_bytes = encoding.record_bytes(self.head.weight.shape[1]) + self.states.bytes
+        row_bytes = token_bytes * self.data.sequence_length
         batch = self.data.per_device_batch_size
         return max(1, SHARD_BYTES // (row_bytes * batch)) * batch
 
-    def _blocks(self, task: Task) -> Iterator[tuple[Block, np.ndarray]]:
-        """The encoded targets of each row of a shard, and its digest."""
+    def _rows(self, task: Task) -> Iterator[tuple[np.ndarray, Block, Tensor]]:
+        """Each row of a shard: its digest, encoded targets and states of layers."""
         size, digests_R2 = self.data.per_device_batch_size, task.digests_R2
         for at in range(0, len(task.indices), size):
             batch = task.rows.__getitems__(MicroBatch(task.indices[at : at + size], {}))
             tokens_B = np.bincount(batch.teacher.positions // batch.teacher.labels.shape[1], minlength=len(batch.rows))
-            batch = batch.to(self.trainer.strategy.root_device)
-            hidden_ND = batch.teacher.valid(self.teacher.hidden(batch.teacher))
-            for row, part in enumerate(hidden_ND.split(tokens_B.tolist())):
+            tokens = batch.to(self.trainer.strategy.root_device).teacher
+            seen = self.teacher.trace(tokens, self.needs)
+            states_B = self.states.encode(seen, tokens)
+            for row, part in enumerate(tokens.valid(seen.last_BLD).split(tokens_B.tolist())):
                 digest = digests_R2[at + row]
                 block = task.encoding.encode(DenseTargets(part, self.head), int(digest[0] >> np.uint64(1)))
-                yield block.to(torch.device("cpu")), digest
+                yield digest, block.to(torch.device("cpu")), states_B[row]
 
     @torch.no_grad()
     def _make(self, task: Task) -> None:
         """Writes one shard."""
-        blocks, digests = zip(*self._blocks(task), strict=True)
-        write_shard(self.folder / task.file, np.stack(digests), list(blocks))
+        digests, blocks, states = zip(*self._rows(task), strict=True)
+        write_shard(self.folder / task.file, np.stack(digests), list(blocks), states if self.states.fields else ())
 
     @torch.no_grad()
     def _estimate(self, tasks: list[Task], missing: list[Task]) -> None:
@@ -255,20 +283,22 @@ class CacheBuilder:
         room, total_bytes, total_s = self.data.per_device_batch_size, 0.0, 0.0
         for part in {task.part: task for task in missing}.values():
             sample = replace(part, indices=part.indices[:room], digests_R2=part.digests_R2[:room])
-            list(self._blocks(sample))  # what is done once and for all is not in the time
+            list(self._rows(sample))  # what is done once and for all is not in the time
             start = time.perf_counter()
-            blocks = [block for block, _ in self._blocks(sample)]
+            made = list(self._rows(sample))
             seconds = time.perf_counter() - start
-            row_bytes = sum(block.record_NW.numel() + block.stream.numel() for block in blocks) / len(blocks)
+            made_bytes = sum(block.record_NW.numel() + block.stream.numel() + kept.numel() for _, block, kept in made)
             rows = sum(len(task.indices) for task in missing if task.part == part.part)
-            total_bytes += rows * (row_bytes + 32)
-            total_s += rows * seconds / len(blocks) / self.trainer.world_size
+            total_bytes += rows * (made_bytes / len(made) + 32)
+            total_s += rows * seconds / len(made) / self.trainer.world_size
         rows, there = sum(len(task.indices) for task in tasks), len(tasks) - len(missing)
         self.tell(
             f"Cache: {rows:,} rows to add in {len(tasks):,} shards, {there:,} of them there already; about "
             f"{total_bytes / 1e6:,.1f} MB and {total_s:,.0f} s on {self.trainer.world_size} x "
             f"{self.trainer.strategy.root_device.type}."
         )
+        if self.states.fields:
+            self.tell(f"Each position has {self.states.bytes:,} B of {self.states}.")
         here = next(parent for parent in (self.folder, *self.folder.absolute().parents) if parent.exists())
         free = shutil.disk_usage(here).free
         if missing and free < total_bytes * MARGIN:

@@ -3,12 +3,18 @@
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedModel
 
 from distill.curriculum import Schedule
 from distill.errors import UserError, did_you_mean
 from distill.models import load
+from distill.models.trace import Needs
+from distill.teachers.cached_states import check_storable
 from distill.teachers.encodings import KINDS, Encoding, Hidden, Sampled, TopK
+from distill.training.build import teacher_needs
+from distill.training.from_cache import check_components
 from distill.training.options import ModelOptions
+from distill.training.start import student_skeleton
 
 
 @dataclass(frozen=True)
@@ -19,6 +25,7 @@ class Request:
         output: folder.
         encoding: name; None = what `model.kd_loss` learns from.
         dtype: that hidden states are rounded to; None = the teacher's.
+        states: whether to write what the configured losses on layers look at, too.
         max_rows: of training and of validation rows, the first ones; None = all.
         shard_rows: rows of a shard; None = as many as 64 MiB hold.
     """
@@ -26,6 +33,7 @@ class Request:
     output: str
     encoding: str | None = None
     dtype: str | None = None
+    states: bool = False
     max_rows: int | None = None
     shard_rows: int | None = None
 
@@ -51,7 +59,7 @@ def chosen_encodings(
     implied = "hidden" if kd is None or (kd.top_k is None and kd.samples is None) else ""
     implied = implied or ("top_k" if kd is not None and kd.top_k is not None else "sampled")
     name = request.encoding or implied
-    hidden = Hidden(getattr(torch, request.dtype) if request.dtype else dtype)
+    hidden = Hidden(hidden_dtype(request) or dtype)
     if name == "hidden":
         return {"training": hidden, "validation": hidden}
     key = {"top_k": "top_k", "sampled": "samples"}[name]
@@ -69,6 +77,41 @@ def chosen_encodings(
         TopK(min(count, shared), constant, shared) if name == "top_k" else Sampled(count, constant, shared)
     )
     return {"training": sparse, "validation": hidden}
+
+
+def hidden_dtype(request: Request) -> torch.dtype | None:
+    """That hidden states are rounded to, None = the teacher's."""
+    return None if request.dtype is None else getattr(torch, request.dtype)
+
+
+def states_to_store(
+    request: Request, options: ModelOptions, teacher: PreTrainedModel, vocabulary: int
+) -> dict[str, Needs]:
+    """What losses on layers look at that are to be stored, by the key of `model:` that says so; nothing unless asked.
+
+    The losses are built beside a student without memory, since its depth and width choose layers too.
+
+    Args:
+        request: what to build.
+        options: of the run.
+        teacher: as it was loaded.
+        vocabulary: ids of its head.
+
+    Raises:
+        UserError: no such loss is on, or it looks at what no cache holds.
+    """
+    if not request.states:
+        return {}
+    if not options.components:
+        raise UserError("--states: true, but no loss looks at layers; configure those of the runs, or leave it out")
+    check_components(options)
+    student = student_skeleton(options, teacher.config, vocabulary, torch.float32)
+    for component in options.components.values():
+        component.build(teacher, student)
+    needs = teacher_needs(options.components)
+    for key, each in needs.items():
+        check_storable(key, each)
+    return needs
 
 
 def shared_vocabulary(options: ModelOptions, teacher_vocab: int) -> int:

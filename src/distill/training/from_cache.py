@@ -1,5 +1,6 @@
 """What a run needs of a teacher whose targets come from a cache, and what of its options contradicts the cache."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -9,8 +10,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from distill.errors import UserError
 from distill.models import load
 from distill.models.digests import weights_digest
-from distill.models.skeleton import skeleton
+from distill.models.skeleton import KNOWN, skeleton
 from distill.teachers.cache_files import Manifest, read_manifest, trouble
+from distill.teachers.cached_states import NO_ATTENTION
 from distill.training.options import ModelOptions
 
 
@@ -20,11 +22,12 @@ def check_options(options: ModelOptions, manifest: Manifest) -> None:
     Raises:
         UserError: names the key.
     """
-    for key in options.components:
+    for key in options.components if not manifest.states else ():
         raise UserError(
             f"model.{key}: looks at the teacher's layers, of which the cache {options.teacher} holds nothing; leave "
-            "it out, or give a live teacher"
+            "it out, give a live teacher, or build with --states true"
         )
+    check_components(options)
     for key in ("top_k", "quantization"):
         wanted, made = getattr(options, f"teacher_{key}"), manifest.teacher[key]
         if wanted != made:
@@ -39,10 +42,26 @@ def check_options(options: ModelOptions, manifest: Manifest) -> None:
         )
 
 
+def check_components(options: ModelOptions) -> None:
+    """Refuses losses on layers that no cache can serve, before a teacher without weights is asked for its layers.
+
+    Raises:
+        UserError: names the key.
+    """
+    if options.attention is not None:
+        raise UserError(f"model.attention: {NO_ATTENTION}")
+    if options.routing is not None and options.routing.tau < math.inf:
+        raise UserError(
+            f"model.routing.tau: {options.routing.tau} asks every expert of the teacher, of which no cache holds one; "
+            "set it to inf, or give a live teacher"
+        )
+
+
 def absent_teacher(options: ModelOptions, manifest: Manifest) -> PreTrainedModel:
     """The cached teacher on the meta device, with its own defaults for writing."""
     config = load.load_config(options.teacher, trust_remote_code=options.trust_remote_code)
     model = skeleton(config, getattr(torch, manifest.teacher["dtype"]), options.trust_remote_code)
+    setattr(model, KNOWN, manifest.teacher.get("embeddings"))
     folder = Path(options.teacher).expanduser()
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -101,7 +101,6 @@ def objective(
     parts = _over_vocabulary(batch, student, seen, taught, wanted_weights, factors, options, metrics)
     for component in looking:
         assert taught is not None
-        assert taught.trace is not None
         _add_component(parts, component, batch, seen, taught.trace, wanted_weights, factor, state)
     breakdown = LossBreakdown({name: parts.raw[name] for name in wanted}, weights)
     return Losses(parts.total, breakdown, parts.stats, parts.token_stats)

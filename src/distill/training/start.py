@@ -15,15 +15,17 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from distill.batch import Tokens
 from distill.data.rows.table import MicroBatch, PackedRows, collate
 from distill.errors import UserError
+from distill.models import load
 from distill.models.blocks import moe_layers
 from distill.models.cut import kept_layers, most_important_layers
 from distill.models.layers import decoder_layers
 from distill.models.precision import product_dtype
+from distill.models.skeleton import skeleton
 from distill.models.start.cache import RECORD, cached_student, made_before
 from distill.models.start.ffn import is_known, read_block
 from distill.models.start.make import Place
@@ -33,6 +35,32 @@ from distill.models.start.walk import Rows
 from distill.training.options import WIDTHS, ModelOptions
 
 IMPORTANCE_ROWS = 8
+
+
+def student_skeleton(
+    options: ModelOptions, teacher: PreTrainedConfig, vocabulary: int, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The student of any options on the meta device, from configurations alone; which layers it has is not looked at.
+
+    Args:
+        options: of the run.
+        teacher: its configuration.
+        vocabulary: ids of the teacher's head.
+        dtype: of the weights.
+    """
+    remote, source = options.trust_remote_code, options.student or options.student_config
+    if options.is_cut:
+        like = skeleton(teacher, dtype, remote)
+        depth = len(decoder_layers(like))
+        layers = options.student_layers or list(range(depth))
+        kept = kept_layers(layers, depth, "model.student_layers")
+        shape = Shape(kept, options.student_intermediate_size, options.student_hidden_size)
+        with torch.device("meta"):
+            return nn.Module.to(unmade_student(like, shape), dtype)
+    assert source is not None
+    vocab_size = None if options.student_config is None else vocabulary
+    config = load.load_config(source, vocab_size=vocab_size, trust_remote_code=remote, key="model.student")
+    return skeleton(config, dtype, remote)
 
 
 def start_student(
