@@ -6,10 +6,8 @@ import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -24,8 +22,10 @@ from distill.teachers import cache_files
 from distill.teachers.cache_files import read_manifest
 from distill.training import cache_build
 from helpers import two_ranks
+from helpers.killed import contents, killed_at_file
 
 SHARD = ("--shard_rows", "100")
+COMMAND = ("cache", "--config", "config.yaml", "--output", "cache", *SHARD)
 
 
 def plain(assets: Path) -> dict:
@@ -54,7 +54,7 @@ def stored(assets, tmp_path_factory) -> dict[str, Path]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("sys.argv", ["distill"])
             patch.chdir(folder)
-            run(["cache", "--config", "config.yaml", "--output", "cache", *SHARD])
+            run([*COMMAND])
         folders[name] = folder / "cache"
     return folders
 
@@ -280,33 +280,6 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(distill,
     assert not Path("cache").exists()
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def killed_build(config: dict, at: int) -> None:
-    """Builds in a process of its own, which dies while it forces file number `at` to the disk."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of threads at a fork; torch has one here
-        child = os.fork()
-    if child:
-        assert os.waitpid(child, 0)[1] == signal.SIGKILL
-        return
-    count, true = 0, os.fsync
-
-    def dying(descriptor: int) -> None:
-        nonlocal count
-        count += 1
-        if count == at:
-            os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
-        true(descriptor)
-
-    os.fsync = dying
-    run(["cache", "--config", "config.yaml", "--output", "cache", *SHARD])
-    os._exit(0)
-
-
 def test_a_build_that_is_killed_goes_on_where_it_was(config, stored, monkeypatch):
     monkeypatch.setattr("sys.argv", ["distill"])
     config["model"]["kd_loss"] = {"samples": 20}
@@ -318,12 +291,12 @@ def test_a_build_that_is_killed_goes_on_where_it_was(config, stored, monkeypatch
     )
     points = sorted(random.Random(0).sample(range(1, 6), 5))
     for point in points:  # of the manifest, the head, shards; each resumed build dies a few files later
-        killed_build(config, point)
+        killed_at_file(point, *COMMAND)
     there = {path.name for path in Path("cache").glob("shard-*")}
     assert 2 < len(there) < 9
     with pytest.raises(UserError, match="is unfinished; run distill cache"):
         read_manifest(Path("cache"))
-    run(["cache", "--config", "config.yaml", "--output", "cache", *SHARD])
+    run([*COMMAND])
     assert not there & set(made)
     assert len(there) + len(made) == 9
     assert contents(Path("cache")) == contents(stored["sampled"])
