@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -173,6 +174,7 @@ def test_a_build_that_is_killed_goes_on_where_it_was(config, stored, monkeypatch
     assert contents(Path("cache")) == contents(stored["hidden"])
 
 
+@pytest.mark.slow
 def test_two_ranks_build_and_read_what_one_does(config, stored, tmp_path):
     """Programs of their own: gloo's ranks are started by the command line."""
     Path("config.yaml").write_text(yaml.safe_dump(config))
@@ -282,3 +284,15 @@ def test_damage_to_states_is_told(stored, tmp_path, capsys):
     assert "beside them hidden of teacher layers [1, 2, 3] and routing of teacher layers [1, 3] in float32" in shown
     assert f"{5 * 64 + 2 * (24 + 2)} B a position" in shown
     assert "training: hidden (dtype float32), 774 rows, 23,968 targets" in shown
+
+
+def test_check_compares_states_with_the_live_teachers(distill, config, stored, capsys):
+    with pytest.raises(SystemExit):  # a random teacher looks bad
+        distill("check", from_cache(config, stored["hidden"]))
+    shown = " ".join(capsys.readouterr().out.split())
+    found = re.search(
+        r"largest difference of a log-probability (\S+) nats, of a layer's states (\S+) of their size", shown
+    )
+    assert found
+    assert max(float(found[1]), float(found[2])) < 1e-5
+    assert "states of layers, a position │ 372" in shown

@@ -8,6 +8,7 @@ from distill.errors import UserError
 from distill.losses.routing_terms import student_aware_route
 from distill.models.blocks import moe_block, moe_layers
 from distill.models.layers import decoder_layers
+from distill.models.skeleton import skeleton
 from distill.models.trace import recording
 from distill.teachers import experts
 from distill.teachers.experts import mix
@@ -282,3 +283,16 @@ def test_sharded_weights_are_gathered(tmp_path):
                 )
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("make", MOE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_without_memory_has_the_same_experts(make, dtype):
+    """What its gate is is seen from its code; a teacher whose targets come from disk has no weights."""
+    real = make()
+    layers = moe_layers(real)
+    absent = find_views(skeleton(real.config, dtype), layers, None, None)
+    for ours, theirs in zip(absent, find_views(real, layers, None, None), strict=True):
+        assert (ours.layer, ours.num_experts, ours.native_k) == (theirs.layer, theirs.num_experts, theirs.native_k)
+        assert (ours.width, ours.sigmoid) == (theirs.width, theirs.sigmoid)
+        assert next(ours.router.parameters()).is_meta

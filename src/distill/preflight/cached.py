@@ -11,19 +11,23 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distill.batch import Batch
+from distill.batch import Batch, Tokens
+from distill.curriculum import CurriculumState
 from distill.data.datamodule import DistillationDataModule
 from distill.data.rows.table import MicroBatch, PackedRows
 from distill.errors import UserError
 from distill.models import load
 from distill.models.digests import weights_digest
 from distill.models.head import lm_head_of
+from distill.models.trace import Needs, Trace
 from distill.preflight.live_bytes import Shape
 from distill.preflight.memory import Parts, engine_bytes, size_of, trace
 from distill.preflight.tables import show, titled
 from distill.teachers.cache_files import is_cache, read_manifest, summary
 from distill.teachers.cached import CachedTeacher
+from distill.teachers.cached_states import MIXTURE
 from distill.teachers.encodings import Encoding, Hidden, Sampled, TopK, id_bits
+from distill.teachers.find_experts import find_views
 from distill.teachers.online import OnlineTeacher, quantize
 from distill.teachers.targets import DenseTargets, SampledTargets, Targets, TopKTargets, teacher_logprobs
 from distill.training.module import DistillationModule
@@ -31,6 +35,7 @@ from distill.training.options import ModelOptions
 
 COMPARED_ROWS = 64
 SMALLEST = -20.0  # nats; differences below are of probabilities that no loss feels
+STATES_TOLERANCE = 0.02  # of their size; bf16 rounds by 0.002
 TOLERANCE = 0.05  # nats; rounding of bf16 states and 8-bit distances stays below
 ASSUMED_K, ASSUMED_DRAWS = 64, 50
 
@@ -68,6 +73,9 @@ def cost_table(teacher: CachedTeacher, targets: int) -> Table:
     table = titled("Cache: what the training rows take", "encoding", "bytes a target", f"MB for {targets:,} targets")
     for name, each in rows.items():
         table.add_row(name, f"{each:,.1f}", f"{each * targets / 1e6:,.1f}")
+    if here["positions"]:
+        size = teacher.states.bytes
+        table.add_row("states of layers, a position", f"{size:,}", f"{size * here['positions'] / 1e6:,.1f}, all rows")
     return table
 
 
@@ -95,23 +103,34 @@ def compare(
         return [f"model.teacher: {made['source']} is now another model than the one that {teacher.folder} is of"], (
             "Cache: not compared with another teacher."
         )
+    layers = teacher.states.layers
+    views = find_views(model, layers["routing"], None, None) if layers["routing"] else []
+    needs = Needs(hidden=frozenset(layers["hidden"]), recorders=tuple(views))
     live = OnlineTeacher(model, made["top_k"])
     if made["quantization"] is not None:
         quantize(model)
     live.to(device)
-    largest, tokens, compared = 0.0, 0, 0
+    largest, apart, tokens, compared = 0.0, 0.0, 0, 0
     for batch in _some(rows, batch_size):
         moved: Batch = move_data_to_device(batch, device)
-        whole = DenseTargets(moved.teacher.valid(live.hidden(moved.teacher)), lm_head_of(model))
+        seen = live.trace(moved.teacher, needs)
+        whole = DenseTargets(moved.teacher.valid(seen.last_BLD), lm_head_of(model))
         largest = max(largest, difference(teacher.stored(moved), whole))
+        stored = teacher(moved, needs, CurriculumState(0, 0.0, {}, 1.0, None), kd=False).trace
+        apart = max(apart, states_apart(stored, seen, moved.teacher))
         tokens, compared = tokens + len(moved.teacher.positions), compared + len(moved.rows)
     what = {"hidden": "log-probability", "top_k": "log-probability", "sampled": "entropy"}[teacher.training.name]
     line = (
         f"Cache: {compared:,} training rows ({tokens:,} targets) beside {made['source']} here: largest difference of a "
-        f"{what} {largest:.2g} nats."
+        f"{what} {largest:.2g} nats"
     )
-    wrong = [f"model.teacher: {teacher.folder} differs from its teacher by {largest:.2g} nats"]
-    return wrong if largest > TOLERANCE else [], line
+    line += f", of a layer's states {apart:.2g} of their size." if teacher.states.fields else "."
+    name, wrong = f"model.teacher: {teacher.folder} differs from its teacher by", []
+    if largest > TOLERANCE:
+        wrong.append(f"{name} {largest:.2g} nats")
+    if apart > STATES_TOLERANCE:
+        wrong.append(f"{name} {apart:.2g} of the size of a layer's states")
+    return wrong, line
 
 
 def _some(rows: PackedRows, batch_size: int) -> Iterator[Batch]:
@@ -120,6 +139,18 @@ def _some(rows: PackedRows, batch_size: int) -> Iterator[Batch]:
     chosen = torch.linspace(0, len(rows) - 1, count, dtype=torch.float64).long().tolist()
     for at in range(0, count, batch_size):
         yield rows.__getitems__(MicroBatch(chosen[at : at + batch_size], {}))
+
+
+@torch.no_grad()
+def states_apart(stored: Trace, live: Trace, tokens: Tokens) -> float:
+    """Largest difference of a layer's states or mixtures over the tokens of a batch, as a share of their size."""
+    pairs = [(stored.hidden[layer], live.hidden[layer]) for layer in stored.hidden]
+    pairs += [(stored.records[layer][MIXTURE], live.records[layer][MIXTURE]) for layer in stored.records]
+    real_T, apart = tokens.real_BL.flatten(), 0.0
+    for ours, theirs in pairs:
+        ours_ND, theirs_ND = (side.reshape(len(real_T), -1)[real_T].float() for side in (ours, theirs))
+        apart = max(apart, float((ours_ND - theirs_ND).norm() / theirs_ND.norm()))
+    return apart
 
 
 @torch.no_grad()
