@@ -15,6 +15,7 @@ from distill.teachers.encodings import (
     Hidden,
     Sampled,
     TopK,
+    described,
     encoding_of,
     id_bits,
     pack_ids,
@@ -50,7 +51,7 @@ def test_ids_take_their_bits_and_come_back(bits):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_whole_states_are_exact_up_to_their_dtype(dtype):
     whole = dense(64)
-    encoding = encoding_of(Hidden(dtype).described())
+    encoding = encoding_of(described(Hidden(dtype)))
     block = encoding.encode(whole, seed=0)
     assert block.record_NW.shape == (N, encoding.record_bytes(D)) == (N, D * dtype.itemsize)
     assert torch.equal(encoding.decode(block, whole.head).hidden_ND, whole.hidden_ND.to(dtype).float())
@@ -61,7 +62,7 @@ def test_whole_states_are_exact_up_to_their_dtype(dtype):
 def test_kept_log_probabilities_are_within_the_stated_bound(k, vocabulary):
     whole, encoding = dense(vocabulary), TopK(k, 2.0, vocabulary)
     exact = top_k_targets(whole, k, 2.0)
-    stored = encoding_of(encoding.described()).decode(encoding.encode(whole, seed=0), whole.head)
+    stored = encoding_of(described(encoding)).decode(encoding.encode(whole, seed=0), whole.head)
     assert torch.equal(stored.ids_NK, exact.ids_NK)
     assert torch.equal(stored.log_tail_N, exact.log_tail_N)
     error_NK = (stored.logprobs_NK - exact.logprobs_NK).abs()
@@ -127,7 +128,7 @@ def test_draws_from_disk_are_the_live_draws_of_the_same_seed(vocabulary):
     whole, encoding = dense(vocabulary), Sampled(50, 2.0, vocabulary)
     block = encoding.encode(whole, seed=7)
     live = sampled_targets(whole, 50, 2.0, vocabulary, torch.Generator().manual_seed(7))
-    stored = encoding_of(encoding.described()).decode(block, whole.head)
+    stored = encoding_of(described(encoding)).decode(block, whole.head)
     for name in ("ids_NS", "counts_NS", "entropy_N"):
         assert torch.equal(getattr(stored, name), getattr(live, name)), name
     distinct = (live.counts_NS > 0).sum(-1)

@@ -26,7 +26,7 @@ from distill.preflight.tables import show, titled
 from distill.teachers.cache_files import is_cache, read_manifest, summary
 from distill.teachers.cached import CachedTeacher
 from distill.teachers.cached_states import MIXTURE
-from distill.teachers.encodings import Encoding, Hidden, Sampled, TopK, id_bits
+from distill.teachers.encodings import Encoding, Hidden, Sampled, TopK, described, id_bits
 from distill.teachers.find_experts import find_views
 from distill.teachers.online import OnlineTeacher, quantize
 from distill.teachers.targets import DenseTargets, SampledTargets, Targets, TopKTargets, teacher_logprobs
@@ -81,7 +81,7 @@ def cost_table(teacher: CachedTeacher, targets: int) -> Table:
 
 def _name(encoding: Encoding) -> str:
     """An encoding in a few words."""
-    options = encoding.described()
+    options = described(encoding)
     return f"{encoding.name} {options.get('dtype') or options.get('k') or options.get('draws')}"
 
 

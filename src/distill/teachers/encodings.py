@@ -59,9 +59,6 @@ class Encoding(Protocol):
     def name(self) -> str:
         """Of the kind."""
 
-    def described(self) -> dict[str, Any]:
-        """What the manifest says of it, from which `encoding_of` makes it again."""
-
     def record_bytes(self, width: int) -> int:
         """W for a teacher of this hidden width."""
 
@@ -82,10 +79,6 @@ class Hidden:
 
     dtype: torch.dtype
     name: str = "hidden"
-
-    def described(self) -> dict[str, Any]:
-        """See `Encoding`."""
-        return {"name": self.name, "dtype": str(self.dtype).removeprefix("torch.")}
 
     def record_bytes(self, width: int) -> int:
         """See `Encoding`."""
@@ -115,11 +108,6 @@ class TopK:
     temperature: float
     vocab_size: int
     name: str = "top_k"
-
-    def described(self) -> dict[str, Any]:
-        """See `Encoding`."""
-        sizes = {"k": self.k, "vocab_size": self.vocab_size}
-        return {"name": self.name, "temperature": self.temperature, **sizes}
 
     @property
     def _widths(self) -> list[int]:
@@ -197,11 +185,6 @@ class Sampled:
     vocab_size: int
     name: str = "sampled"
 
-    def described(self) -> dict[str, Any]:
-        """See `Encoding`."""
-        sizes = {"draws": self.draws, "vocab_size": self.vocab_size}
-        return {"name": self.name, "temperature": self.temperature, **sizes}
-
     def record_bytes(self, width: int) -> int:
         """See `Encoding`; ids come on top, in the stream."""
         return -(-self.draws // 8) + 4
@@ -238,17 +221,30 @@ class Sampled:
 KINDS: dict[str, Any] = {"hidden": Hidden, "top_k": TopK, "sampled": Sampled}
 
 
-def encoding_of(described: dict[str, Any]) -> Encoding:
+def described(encoding: Encoding) -> dict[str, Any]:
+    """What a manifest says of an encoding, from which `encoding_of` makes it again: its name and options.
+
+    Example:
+        >>> described(Hidden(torch.bfloat16))
+        {'dtype': 'bfloat16', 'name': 'hidden'}
+    """
+    return {
+        key: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+        for key, value in vars(encoding).items()
+    }
+
+
+def encoding_of(told: dict[str, Any]) -> Encoding:
     """The encoding that a manifest describes.
 
     Example:
         >>> encoding_of({"name": "top_k", "k": 64, "temperature": 2.0, "vocab_size": 49152}).record_bytes(576)
         199
     """
-    options = {key: value for key, value in described.items() if key != "name"}
+    options = {key: value for key, value in told.items() if key != "name"}
     if "dtype" in options:
         options["dtype"] = getattr(torch, options["dtype"])
-    made: Encoding = KINDS[described["name"]](**options)
+    made: Encoding = KINDS[told["name"]](**options)
     return made
 
 

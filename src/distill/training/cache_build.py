@@ -45,7 +45,7 @@ from distill.teachers.cache_files import (
 )
 from distill.teachers.cached import find, shelves
 from distill.teachers.cached_states import States
-from distill.teachers.encodings import Block, Encoding
+from distill.teachers.encodings import Block, Encoding, described
 from distill.teachers.online import OnlineTeacher, quantize
 from distill.teachers.targets import DenseTargets
 from distill.training.build import prepared_teacher
@@ -144,7 +144,7 @@ class CacheBuilder:
                 "quantization": options.teacher_quantization,
             },
             tokenizer=read.tokenizer,
-            encodings={part: encoding.described() for part, encoding in self.encodings.items()},
+            encodings={part: described(encoding) for part, encoding in self.encodings.items()},
             head={"scale": self.head.scale, "softcap": self.head.softcap},
             data=dict(read.read),
             states=self.states.described(),
