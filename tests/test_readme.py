@@ -50,8 +50,10 @@ def stand_ins(assets: Path, tmp_path: Path, recipe: str) -> list[str]:
         flags["model.student"] = str(assets / "llama")
     if re.search(r"^  student_config:", text, re.MULTILINE):
         flags |= {"model.student_config.hidden_size": "24", "model.student_config.num_attention_heads": "3"}
+    if re.search(r"^  student_layers:", text, re.MULTILINE):
+        flags["model.student_layers"] = "2"
     if re.search(r"^  student_intermediate_size:", text, re.MULTILINE):
-        flags |= {"model.student_layers": "2", "model.student_intermediate_size": "24"}
+        flags["model.student_intermediate_size"] = "24"
         flags |= {"model.student_fit.tokens": "512", "model.student_fit.steps": "2"}
     if "ultrachat" in text:
         flags["data.chat_template"] = str(template)
