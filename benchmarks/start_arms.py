@@ -164,7 +164,7 @@ MOE = {
     "two layers, cut": Arm(plain_cut([0, 3])),
     "two layers, fitted": Arm(made(60, None, None, [0, 3])),
 }
-SMOL_CLOSED, SMOL_FITTED = (made(steps, None, None, SMOL_KEPT) for steps in (0, 15))
+SMOL_CLOSED, SMOL_FITTED = (made(steps, None, None, SMOL_KEPT) for steps in (0, 10))
 SMOL = {
     "cut": Arm(plain_cut(SMOL_KEPT), rate="cut"),
     "closed form": Arm(SMOL_CLOSED, rate="closed"),
