@@ -167,8 +167,8 @@ MOE = {
 SMOL_CLOSED, SMOL_FITTED = (made(steps, None, None, SMOL_KEPT) for steps in (0, 10))
 SMOL = {
     "cut": Arm(plain_cut(SMOL_KEPT), rate="cut"),
-    "closed form": Arm(SMOL_CLOSED, rate="closed"),
-    "closed form, equal seconds": Arm(SMOL_CLOSED, equal_s=True, rate="closed"),
     "fitted": Arm(SMOL_FITTED),
     "fitted, equal seconds": Arm(SMOL_FITTED, equal_s=True),
+    "closed form": Arm(SMOL_CLOSED, rate="closed"),
+    "closed form, equal seconds": Arm(SMOL_CLOSED, equal_s=True, rate="closed"),
 }
