@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from distill.models.start import cache
 from distill.models.start.cache import cached_student, digest, made_before
@@ -54,6 +55,25 @@ def test_another_teacher_data_or_option_is_another_student(what, monkeypatch):
     else:
         shape = Shape([1], 16)
     assert digest(teacher, shape, rows, fit, CPU) != name
+
+
+class OwnConfig(LlamaConfig):
+    """Of a family that transformers does not know, as code that comes with weights is."""
+
+    model_type = "own"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+
+
+def test_a_family_of_its_own_code_is_read_again(tmp_path):
+    teacher = OwnForCausalLM(OwnConfig(**tiny.BASE)).eval()
+    first, _ = cached_student(teacher, Shape([1], 16), ROWS, FIT, CPU, tmp_path)
+    second, record = cached_student(teacher, Shape([1], 16), ROWS, FIT, CPU, tmp_path)
+    assert record["cached"]
+    assert type(second) is type(first) is OwnForCausalLM
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("make", [tiny.tiny_deepseek_v3, tiny.tiny_gemma])

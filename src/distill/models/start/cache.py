@@ -120,8 +120,11 @@ def _write(target: Path, student: PreTrainedModel, record: dict[str, Any]) -> No
 
 
 def _read(target: Path, teacher: PreTrainedModel) -> PreTrainedModel:
+    # Of the teacher's own family by its class: transformers may not know one whose code came with the weights.
+    same = json.loads((target / "config.json").read_text())["model_type"] == teacher.config.model_type
+    family: Any = type(teacher) if same else AutoModelForCausalLM
     with quiet_transformers():
-        student: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        student: PreTrainedModel = family.from_pretrained(
             target, dtype=torch.float32, attn_implementation=teacher.config._attn_implementation
         )
     student.config.use_cache = False
