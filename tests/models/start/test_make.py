@@ -105,6 +105,21 @@ def test_principal_axes_of_the_full_width_give_the_teachers_logits(make):
     assert not student.config.tie_word_embeddings
 
 
+@pytest.mark.parametrize("make", [make for make in MOE if make is not tiny.tiny_olmoe])
+def test_experts_and_their_router_are_turned_with_the_stream(make):
+    teacher = make()
+    for name, parameter in teacher.named_parameters():
+        if "norm" in name:
+            parameter.data.uniform_(0.5, 1.5)
+    student, _ = make_student(teacher, Shape([0, 1], None, 16), ROWS, CLOSED)
+    assert type(student) is type(teacher)
+    assert distance(student, teacher) < 1e-4
+    _, fits = make_student(teacher, Shape([0, 1], None, 8), ROWS, CLOSED)
+    assert all(fit.before < 1.5 for fit in fits)  # half of random weights
+    with pytest.raises(UserError, match=r"student_hidden_size: 12, but torch multiplies experts of widths in steps"):
+        make_student(teacher, Shape([0, 1], None, 12), ROWS, CLOSED)
+
+
 @pytest.mark.parametrize("make", [tiny.tiny_qwen3_moe, tiny.tiny_mixtral, tiny.tiny_granite_moe, tiny.tiny_deepseek_v3])
 def test_principal_axes_and_a_dense_student_of_fixed_gates_together(make):
     teacher = fixed_gates(make)

@@ -27,7 +27,7 @@ from distill.models.start.shape import Shape, StudentFit
 from distill.models.start.walk import Rows
 from distill.sources import cache_dir
 
-FORMAT = 2  # goes up with every change of what is made
+FORMAT = 3  # goes up with every change of what is made
 RECORD = "student_fit.json"
 
 

@@ -164,41 +164,35 @@ def write_ffn(module: nn.Module, neurons: Neurons) -> None:
         module: whose weights are overwritten.
         neurons: what it is to compute.
     """
-    experts: Any = getattr(module, "experts", None)
+    experts = getattr(module, "experts", None)
     if experts is None:
         _write_dense(module, neurons)
-        return
-    transposed = bool(getattr(experts, "is_transposed", False))
-    both_MD = _interleaved(neurons.inward_PMD, 0) if not _concatenated(experts) else neurons.inward_PMD.flatten(0, 1)
-    experts.gate_up_proj[0].copy_(both_MD.T if transposed else both_MD)
-    experts.down_proj[0].copy_(neurons.outward_MD if transposed else neurons.outward_MD.T)
-    if getattr(experts, "has_bias", False):
-        assert neurons.bias_PM is not None
-        bias_PM = neurons.bias_PM
-        experts.gate_up_proj_bias[0].copy_(bias_PM.flatten() if _concatenated(experts) else _interleaved(bias_PM, 0))
-        if neurons.constant_D is not None:
-            experts.down_proj_bias[0].copy_(neurons.constant_D)
+    else:
+        _write_fused(experts, 0, neurons)
 
 
 @torch.no_grad()
 def write_expert(block: Block, expert: int, neurons: Neurons) -> None:
-    """Puts what the neurons of an expert write, or of the shared ones at -1, into a block and into its module."""
-    experts: Any = block.experts
+    """Puts the neurons of an expert, or of the shared ones at -1, into a block and into its module."""
     index_I = (block.expert_M == expert).nonzero()[:, 0]
     block.neurons.outward_MD[index_I] = neurons.outward_MD
-    if expert < 0:
-        parts = [child for name, child in block.module.named_children() if name in SHARED]
-        sizes = [len(_dense(part, "")) for part in parts]
-        for part, outward_ID in zip(parts, neurons.outward_MD.split(sizes), strict=True):
-            found = _matrices(part)
-            assert found is not None, type(part).__name__
-            _weight(found[1]).copy_(outward_ID.T)
-        return
-    transposed = bool(getattr(experts, "is_transposed", False))
-    experts.down_proj[expert].copy_(neurons.outward_MD if transposed else neurons.outward_MD.T)
-    if block.constants_ED is not None and neurons.constant_D is not None:
+    if block.constants_ED is not None and expert >= 0 and neurons.constant_D is not None:
         block.constants_ED[expert] = neurons.constant_D
-        experts.down_proj_bias[expert].copy_(neurons.constant_D)
+    write_experts(block.module, {expert: neurons})
+
+
+@torch.no_grad()
+def write_experts(module: nn.Module, sets: dict[int, Neurons]) -> None:
+    """Puts neurons into the experts of a MoE block; -1: into its shared ones, one after the other."""
+    for expert, neurons in sets.items():
+        if expert >= 0:
+            _write_fused(module.experts, expert, neurons)
+            continue
+        first = 0
+        for part in (child for name, child in module.named_children() if name in SHARED):
+            count = len(_dense(part, ""))
+            _write_dense(part, neurons[slice(first, first + count)])
+            first += count
 
 
 def has_constant(module: nn.Module) -> bool:
@@ -210,13 +204,26 @@ def has_constant(module: nn.Module) -> bool:
     return bool(found) and getattr(getattr(module, found[0]), "bias", None) is not None
 
 
+def _write_fused(experts: Any, expert: int, neurons: Neurons) -> None:
+    transposed, concatenated = bool(getattr(experts, "is_transposed", False)), _concatenated(experts)
+    both_MD = neurons.inward_PMD.flatten(0, 1) if concatenated else _interleaved(neurons.inward_PMD)
+    experts.gate_up_proj[expert].copy_(both_MD.T if transposed else both_MD)
+    experts.down_proj[expert].copy_(neurons.outward_MD if transposed else neurons.outward_MD.T)
+    if getattr(experts, "has_bias", False):
+        assert neurons.bias_PM is not None
+        bias_M = neurons.bias_PM.flatten() if concatenated else _interleaved(neurons.bias_PM)
+        experts.gate_up_proj_bias[expert].copy_(bias_M)
+        if neurons.constant_D is not None:
+            experts.down_proj_bias[expert].copy_(neurons.constant_D)
+
+
 def _concatenated(experts: nn.Module) -> bool:
     return bool(getattr(experts, "is_concatenated", True))
 
 
-def _interleaved(pair: Tensor, dim: int) -> Tensor:
+def _interleaved(pair: Tensor) -> Tensor:
     """(2, M, ...) -> (2 M, ...), gate and up of a neuron next to each other."""
-    return pair.transpose(0, 1).flatten(dim, dim + 1)
+    return pair.transpose(0, 1).flatten(0, 1)
 
 
 def _fused(experts: Any, where: str) -> tuple[Neurons, Tensor | None]:

@@ -23,7 +23,7 @@ from distill.models.cut import cut_layers
 from distill.models.layers import decoder_layers
 from distill.models.precision import whole_products
 from distill.models.start.experts import refit_experts
-from distill.models.start.ffn import Block, ffn_of, has_constant, is_known, read_block, write_ffn
+from distill.models.start.ffn import Block, ffn_of, has_constant, is_known, read_block, write_experts, write_ffn
 from distill.models.start.fit import (
     RATE_TIMES_WIDTH,
     STEP_TOKENS,
@@ -90,7 +90,7 @@ def make_student(
 def _cut(teacher: PreTrainedModel, shape: Shape, rows: Rows, place: Place) -> tuple[PreTrainedModel, Axes | None]:
     """The student with everything but its FFNs, and its axes where it is narrower."""
     if shape.hidden_size is not None:
-        check_narrowable(teacher, shape.hidden_size)
+        check_narrowable(teacher, shape.hidden_size, experts=shape.intermediate_size is None)
     width = shape.intermediate_size
     if width is None and shape.hidden_size is None:
         return cut_layers(teacher, shape.layers).float(), None
@@ -218,6 +218,8 @@ class _Making:
             write_ffn(target, block.neurons)
             return None
         counted_RL = self.rows.counted_RL
+        if self.axes is not None and width is None and block.experts is not None:
+            write_experts(target, {expert: block.of(expert) for expert in block.expert_M.unique().tolist()})
         task, mine_seen = self._task(layer, goal, student_RLD, seen)
         if width is None and block.experts is not None:
             mine = read_block(self.mine.layers[layer])

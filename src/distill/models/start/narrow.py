@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distill.errors import UserError
+from distill.models.blocks import moe_layers, num_experts_of, router_of
 from distill.models.layers import decoder_layers
-from distill.models.start.ffn import Neurons
+from distill.models.start.ffn import Neurons, ffn_of
 from distill.models.start.skeleton import ffn_names, stack_name, teacher_name
 from distill.models.start.walk import Walk
 
 KEY = "model.student_hidden_size"
+GROUPED = 8  # numbers of 16 bits in 16 bytes
 NORMS = ("input_layernorm", "post_attention_layernorm")  # before attention, before the FFN
 READ = tuple(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa"))
 WRITE = ("self_attn.o_proj",)
@@ -55,8 +57,13 @@ class Axes:
         )
 
 
-def check_narrowable(teacher: PreTrainedModel, hidden: int) -> None:
+def check_narrowable(teacher: PreTrainedModel, hidden: int, experts: bool) -> None:
     """Refuses families whose residual stream cannot be turned, and widths that are none.
+
+    Args:
+        teacher: to be narrowed.
+        hidden: width of the student.
+        experts: whether it keeps the teacher's blocks.
 
     Raises:
         UserError: says which part stands in the way.
@@ -67,6 +74,10 @@ def check_narrowable(teacher: PreTrainedModel, hidden: int) -> None:
     known = {f"{name}.weight" for name in (*READ, *WRITE)} | {f"{name}.bias" for name in (*READ, *WRITE)}
     known |= {f"self_attn.{name}{end}" for name in WITHIN for end in ("", ".weight", ".bias")}
     known |= {f"{name}.weight" for name in NORMS}
+    if experts and moe_layers(teacher) and hidden % GROUPED:
+        raise UserError(
+            f"{KEY}: {hidden}, but torch multiplies experts of widths in steps of {GROUPED} alone; give such a number"
+        )
     stack, ffns = stack_name(teacher), ffn_names(teacher)
     for name, _ in teacher.named_parameters():
         if name.startswith(f"{stack}.") and not name.startswith(ffns):
@@ -143,6 +154,18 @@ def turn(student: PreTrainedModel, teacher: PreTrainedModel, kept: list[int], ax
         if source.shape != value.shape:
             raise UserError(f"{KEY}: {type(student).__name__} cannot keep the teacher's heads ({name}); leave it out")
         value.copy_(source)
+    for layer, index in zip(decoder_layers(student), kept, strict=True):
+        _turn_router(layer, decoder_layers(teacher)[index], axes, ffn_norm(teacher, index))
+
+
+def _turn_router(layer: nn.Module, theirs: nn.Module, axes: Axes, norm_D: Tensor) -> None:
+    """Gives a MoE block that keeps its experts the teacher's routing."""
+    mine, router = router_of(ffn_of(layer)), router_of(ffn_of(theirs))
+    if mine is None or router is None or num_experts_of(ffn_of(layer)) != num_experts_of(ffn_of(theirs)):
+        return
+    for name, value in mine.state_dict().items():
+        source = router.state_dict()[name].float()
+        value.copy_(axes.read(source, norm_D) if source.ndim == 2 else source)
 
 
 def ffn_norm(teacher: PreTrainedModel, layer: int) -> Tensor:
