@@ -148,6 +148,15 @@ def test_states_in_half_the_bits_are_off_by_their_rounding(distill, config, caps
     assert_same(ran(distill("fit", config)), ran(distill("fit", from_cache(config, "half"))), 2e-2, ALL)
 
 
+def test_a_run_that_is_broken_off_and_resumed_is_the_unbroken_one(distill, config, stored):
+    config = from_cache(config, stored["top_k"], kd_loss={"top_k": 8})
+    whole = distill("fit", config, "--last_checkpoint.every_n_steps", "5")
+    checkpoint = str(Path(whole.trainer.log_dir, "checkpoints", "previous.ckpt"))
+    assert torch.load(checkpoint, weights_only=True)["global_step"] < 12
+    again = distill("fit", config, "--ckpt_path", checkpoint)
+    assert all(torch.equal(value, ran(again)[1][name]) for name, value in ran(whole)[1].items())
+
+
 def test_routing_with_all_experts_is_stored_with_all(distill, config):
     config["model"] |= {"teacher_top_k": "all", "layerwise": None}
     config["curriculum"] = {"feature": 0.1, "attention": 0.1, "contrastive": 0.05, "top_k_experts": 4}

@@ -182,13 +182,14 @@ class CachedTeacher:
             whole = self.hidden.decode(block.to(_device(batch)), self.head)
             targets = thinned(whole, self.kd, self.student_vocab, state, batch) if kd else None
             return Taught(self._trace(self._whole, places, batch, needs), whole, targets)
-        places = _at(self._sparse_place, batch.rows) or []
+        places = _at(self._sparse_place, batch.rows)
         return Taught(self._trace(self._sparse, places, batch, needs), None, self._learned(batch) if kd else None)
 
-    def _trace(self, shelf: Shelf, places: Sequence[int], batch: Batch, needs: Needs) -> Trace:
+    def _trace(self, shelf: Shelf, places: Sequence[int] | None, batch: Batch, needs: Needs) -> Trace:
         """The states of layers of some rows that are needed; nothing is read where none are."""
         if needs == Needs():
             return Trace(torch.zeros(0), {}, {})
+        assert places is not None, "rows that the run did not name"
         rows, length = batch.teacher.input_ids.shape
         read_BLW = shelf.read_states(places, (rows, length), self.states.bytes)
         return self.states.decode(read_BLW.to(_device(batch), non_blocking=True), needs)

@@ -52,7 +52,7 @@ def student_skeleton(
     if options.is_cut:
         like = skeleton(teacher, dtype, remote)
         depth = len(decoder_layers(like))
-        layers = options.student_layers or list(range(depth))
+        layers = list(range(depth)) if options.student_layers is None else options.student_layers
         kept = kept_layers(layers, depth, "model.student_layers")
         shape = Shape(kept, options.student_intermediate_size, options.student_hidden_size)
         with torch.device("meta"):
