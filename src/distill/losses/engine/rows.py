@@ -38,6 +38,10 @@ def log_softmax_(logits_RV: Tensor, temperature: float, probs_RV: Tensor) -> Ten
     logits_RV.sub_(logits_RV.amax(-1, keepdim=True)).clamp_min_(LOG_FLOOR)
     if temperature != 1:
         logits_RV.mul_(1 / temperature)
+    if probs_RV.device.type == "cpu":  # see `softmax_into`
+        sum_R1 = torch.exp(logits_RV, out=probs_RV).sum(-1, keepdim=True)
+        probs_RV.div_(sum_R1)
+        return logits_RV.sub_(sum_R1.log_())
     softmax_into(logits_RV, probs_RV)
     return logits_RV.add_(probs_RV.amax(-1, keepdim=True).log_())  # the largest logit is 0, so this is -log of the sum
 
@@ -45,12 +49,14 @@ def log_softmax_(logits_RV: Tensor, temperature: float, probs_RV: Tensor) -> Ten
 def softmax_into(logits_RV: Tensor, probs_RV: Tensor) -> None:
     """softmax(logits), written to the last argument.
 
-    On a CPU torch adds up a row in eight running sums, which is off by 5e-6 at 150,000 ids in fp32; its `sum` is not,
-    and dividing by that makes the gradient 7 to 20 times as exact.
+    On a CPU torch's own adds up a row in eight running sums, which is off by 5e-6 at 150,000 ids in fp32; its `sum` is
+    not, which makes the gradient 7 to 20 times as exact, and step by step it is faster as well.
     """
-    torch.softmax(logits_RV, -1, out=probs_RV)
-    if probs_RV.device.type == "cpu":
-        probs_RV.div_(probs_RV.sum(-1, keepdim=True))
+    if probs_RV.device.type != "cpu":
+        torch.softmax(logits_RV, -1, out=probs_RV)
+        return
+    torch.sub(logits_RV, logits_RV.amax(-1, keepdim=True), out=probs_RV).exp_()
+    probs_RV.div_(probs_RV.sum(-1, keepdim=True))
 
 
 def dense_rows(
