@@ -4,7 +4,8 @@
 far forward KL and its gradient are from those of the whole distribution, for a student whose states are the teacher's
 with noise on top. An error of the gradient is with respect to the states before the head: root mean square over all
 tokens, as a share of the exact one's; rounding is what storing the thinned targets adds to thinning.
-`build`: targets a second of building each encoding, beside the bare forward pass on the same rows.
+`build`: targets a second of building each encoding, once with states of layers, beside the bare forward pass on the
+same rows.
 `step`: CPU seconds of a training step from each encoding, beside a step on next tokens alone, and beside the same step
 with its targets in memory, which tells reading from learning; whole states also need the product of the teacher's head.
 `reading`: memory of the process before and after reading rows at random.
@@ -44,6 +45,7 @@ from distill.models.head import LMHead, lm_head_of
 from distill.models.load import load_model
 from distill.models.trace import Needs, Trace
 from distill.teachers.cache_files import Shelf, described_shard, write_shard
+from distill.teachers.cached_states import States
 from distill.teachers.encodings import Block, Encoding, Hidden, Sampled, TopK
 from distill.teachers.online import OnlineTeacher
 from distill.teachers.source import Run, Taught
@@ -186,14 +188,21 @@ def build(console: Console) -> bool:
     bare, without_head = timed(forward), timed(decoder)
     table.add_row("decoder and head", f"{tokens / bare:,.0f}", "")
     table.add_row("decoder alone", f"{tokens / without_head:,.0f}", "")
+    works = {name: (encoding, Needs()) for name, encoding in encodings(head.vocab_size, 2.0).items()}
+    works |= {"hidden float32, four layers' too": (Hidden(torch.float32), Needs(hidden=frozenset([7, 14, 21, 29])))}
     held = True
     with tempfile.TemporaryDirectory() as folder:
-        for name, encoding in encodings(head.vocab_size, 2.0).items():
+        for name, (encoding, needs) in works.items():
+            states = States.like(teacher.trace(batch.teacher, needs), needs, None)
 
-            def making(encoding: Encoding = encoding) -> None:
-                hidden_ND = batch.teacher.valid(teacher.hidden(batch.teacher))
+            def making(encoding: Encoding = encoding, needs: Needs = needs, states: States = states) -> None:
+                seen = teacher.trace(batch.teacher, needs)
+                hidden_ND = batch.teacher.valid(seen.last_BLD)
                 blocks = [encoding.encode(DenseTargets(part, head), 0) for part in hidden_ND.split(LENGTH - 1)]
-                write_shard(Path(folder, "shard.safetensors"), np.zeros((len(blocks), 2), dtype=np.uint64), blocks)
+                kept = states.encode(seen, batch.teacher) if states.fields else []
+                write_shard(
+                    Path(folder, "shard.safetensors"), np.zeros((len(blocks), 2), dtype=np.uint64), blocks, kept
+                )
 
             share = (without_head if name.startswith("hidden") else bare) / (taken := timed(making))
             table.add_row(name, f"{tokens / taken:,.0f}", f"{share:.3f}")
