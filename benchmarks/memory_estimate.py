@@ -78,8 +78,8 @@ def estimate(name: str) -> float:
     if "routing" in config["model"]:
         config["model"]["routing"] = Routing(**config["model"]["routing"])
     module, data = DistillationModule(**config["model"]), DistillationDataModule(**config["data"])
-    teacher, student = skeletons(module, "32-true", "cpu")
-    parts = trace(student, teacher, shape_of(module, data, "32-true", on_cpu=True))
+    teacher, student = skeletons(module.options, "32-true", "cpu")
+    parts = trace(student, teacher, shape_of(module.options, data, "32-true", on_cpu=True))
     return estimate_memory(student, teacher, parts).step / 1e6
 
 

@@ -13,6 +13,7 @@ from distill.models.lora import LoRA
 from distill.models.skeleton import skeleton
 from distill.preflight.live_bytes import LiveBytes, Shape, trace_student, trace_teacher
 from distill.preflight.memory import (
+    PROCESS_BYTES,
     Parts,
     active_parameters,
     engine_bytes,
@@ -148,7 +149,9 @@ def test_strategies_are_arithmetic():
     assert alone.weights == alone.gradients == 4 * (parameters + 7)
     assert alone.optimizer == 2 * alone.weights
     assert alone.teacher == 2 * parameters
-    assert alone.step == 4 * alone.weights + alone.teacher + 1200
+    assert alone.step == 3 * alone.weights + alone.teacher + PROCESS_BYTES + 1200
+    kept = estimate_memory(student, teacher, parts, extra_parameters=7, accumulates=True)
+    assert kept.step - alone.step == alone.weights, "gradients of the micro-batches before"
     ddp = estimate_memory(student, teacher, parts, extra_parameters=7, devices=4)
     assert ddp.step - alone.step == alone.weights, "the gradients' buckets"
     sharded = estimate_memory(student, teacher, parts, extra_parameters=7, devices=4, sharded=True)

@@ -118,6 +118,20 @@ def test_golden_curve(distill, config):
     assert curve == pytest.approx(golden, rel=1e-9)
 
 
+def test_no_gradient_lies_beside_the_activations_of_the_next_step(distill, config, monkeypatch):
+    there: list[bool] = []
+
+    def training_step(self, batch, batch_idx, step=DistillationModule.training_step):
+        output = step(self, batch, batch_idx)
+        there.append(any(p.grad is not None for p in self.parameters()))
+        return output
+
+    monkeypatch.setattr(DistillationModule, "training_step", training_step)
+    config["trainer"] |= {"max_steps": 3, "accumulate_grad_batches": 2, "num_sanity_val_steps": 0}
+    distill("fit", config)
+    assert there == 3 * [False, True]
+
+
 def test_curriculum_and_optimizer_continue_after_a_resume(distill, config):
     config["trainer"] |= {"max_steps": 8, "val_check_interval": 4}
     unbroken = distill("fit", config)

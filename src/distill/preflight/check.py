@@ -290,8 +290,9 @@ def _memory(this: Check, teacher: Any, student: Any) -> None:
 
     def estimate(devices: int, sharded: bool) -> MemoryEstimate:
         return estimate_memory(
-            student, live, parts, extra_parameters=extra, one_moment=matrices, devices=devices, sharded=sharded
-        )
+            student, live, parts, extra_parameters=extra, one_moment=matrices, devices=devices, sharded=sharded,
+            accumulates=this.trainer.accumulate_grad_batches > 1,
+        )  # fmt: skip
 
     matrices = matrices_of(student) if module.options.optimizer == "muon" else []
     parts, live = traced(module.options, student, teacher, shape)

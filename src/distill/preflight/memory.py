@@ -1,8 +1,7 @@
 """Memory and work of a training step, from models without memory: what a preflight can say about other machines.
 
 Activations are counted by tracing (`live_bytes`), the loss engine's share follows its own rule for chunks, and weights,
-gradients and moments are arithmetic. Allocators, libraries and a CUDA context, which take 5 to 10% more, and captures
-of feature losses are left out.
+gradients and moments are arithmetic. Allocators, which take 5 to 10% more, and captures of feature losses are left out.
 
 Shapes: T tokens of a micro-batch, D width, V vocabulary.
 """
@@ -20,6 +19,9 @@ from distill.losses.engine.walk import sizes
 from distill.models.precision import product_dtype
 from distill.preflight.live_bytes import Shape, trace_student, trace_teacher
 
+# Tokenizer, rows, buffers of libraries: 150 to 200 MB beside all tensors in fits on a CPU. A CUDA context takes more.
+PROCESS_BYTES = 150_000_000
+
 
 @dataclass(frozen=True)
 class MemoryEstimate:
@@ -36,6 +38,8 @@ class MemoryEstimate:
         engine: chunks of logits and the gradients that the loss engine finds in the forward pass.
         backward: peak of the backward pass above weights, moments and teacher.
         teacher_pass: peak of the teacher's forward pass above its weights.
+        accumulates: whether gradients are there during a forward pass, those of the micro-batches before it.
+        process: what a process holds beside all this.
     """
 
     weights: int
@@ -48,16 +52,18 @@ class MemoryEstimate:
     engine: int
     backward: int
     teacher_pass: int
+    accumulates: bool = False
+    process: int = PROCESS_BYTES
 
     @property
     def fixed(self) -> int:
         """What is there at any time."""
-        return self.weights + self.optimizer + self.buckets + self.teacher
+        return self.weights + self.optimizer + self.buckets + self.teacher + self.process
 
     @property
     def step(self) -> int:
-        """Peak of a training step: at the end of a forward pass, with the gradients of the step before, or later."""
-        forward = self.gradients + max(self.teacher_pass, self.activations + self.engine)
+        """Peak of a training step: at the end of a forward pass, or later."""
+        forward = self.gradients * self.accumulates + max(self.teacher_pass, self.activations + self.engine)
         return self.fixed + self.gathered + max(forward, self.backward)
 
 
@@ -145,6 +151,7 @@ def estimate_memory(
     one_moment: Iterable[Tensor] = (),
     devices: int = 1,
     sharded: bool = False,
+    accumulates: bool = False,
 ) -> MemoryEstimate:
     """Bytes on each of some devices.
 
@@ -156,6 +163,7 @@ def estimate_memory(
         one_moment: parameters of the student whose optimizer keeps one moment rather than two.
         devices: number of data-parallel ranks.
         sharded: whether FSDP2 shards student and teacher over them; otherwise each has all of it, as under DDP.
+        accumulates: whether an optimizer step has several micro-batches.
     """
     weights = size_of(student.parameters()) + 4 * extra_parameters
     learning = size_of(p for p in student.parameters() if p.requires_grad) + 4 * extra_parameters
@@ -179,6 +187,7 @@ def estimate_memory(
         engine=parts.engine,
         backward=backward,
         teacher_pass=parts.teacher_pass,
+        accumulates=accumulates,
     )
 
 

@@ -29,6 +29,7 @@ MEMORY = (
     ("gathered layers and heads", "gathered"),
     ("activations for backward", "activations"),
     ("loss engine", "engine"),
+    ("process", "process"),
 )
 
 

@@ -293,6 +293,11 @@ class DistillationModule(L.LightningModule):
         assert self._idle is not None
         self._idle.forget()
 
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Lets go of gradients once they are used, or they would lie beside the next step's activations."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()
+
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,
