@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from distill.training.callbacks.train_debug import TrainDebug as TrainDebug
     from distill.training.module import DistillationModule as DistillationModule
     from distill.training.trainer import DistillTrainer as DistillTrainer
+    from distill.vocabularies.options import VocabularyOptions as VocabularyOptions
 
 
 _HOME = {
@@ -67,6 +68,7 @@ _HOME = {
     "DistillationModule": "training.module",
     "load_student": "checkpoints.students",
     "DistillTrainer": "training.trainer",
+    "VocabularyOptions": "vocabularies.options",
 }
 __all__ = [*_HOME]
 

@@ -22,9 +22,17 @@ from distill.errors import UserError
 from distill.models.lora import LoRA
 
 FORMAT = 1
-SOURCES = ("model.teacher", "model.student", "model.student_config", "data.tokenizer")  # paths, where they exist
+# Paths, where they exist.
+SOURCES = ("model.teacher", "model.student", "model.student_config", "model.student_tokenizer", "data.tokenizer")
 # Another one would mean other targets or tokens, or moments that do not fit.
-BINDING = ("model.teacher", "model.teacher_cache", "data.tokenizer", "data.packing", "model.optimizer")
+BINDING = (
+    "model.teacher",
+    "model.teacher_cache",
+    "model.student_tokenizer",
+    "data.tokenizer",
+    "data.packing",
+    "model.optimizer",
+)
 
 
 def describe(settings: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from distill.errors import UserError, did_you_mean
 from distill.evaluation.harness import Harness
 from distill.preflight.callback import Preflight
 from distill.training.callbacks.audit import LossAudit
-from distill.training.callbacks.best import BestLink, check_monitors
+from distill.training.callbacks.best import DEFAULT_MONITOR, BestLink, check_monitors
 from distill.training.callbacks.curriculum import Curriculum
 from distill.training.callbacks.evaluation import Evaluation
 from distill.training.callbacks.gradients import Gradients
@@ -151,7 +151,7 @@ class DistillCLI(LightningCLI):
             default={
                 "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
                 "init_args": {
-                    "monitor": "val/kl_div_T1",
+                    "monitor": DEFAULT_MONITOR,
                     "mode": "min",
                     "filename": "step={step}",
                     "auto_insert_metric_name": False,

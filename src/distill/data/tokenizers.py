@@ -9,7 +9,7 @@ from distill.data.documents.paired import PairedEncoder
 from distill.data.rows.packing import Packer, encoder_of
 from distill.data.rows.paired import PairedPacker, Pairing
 from distill.errors import UserError
-from distill.models.load import load_tokenizer
+from distill.models.load import check_vocabularies, load_tokenizer
 from distill.vocabularies.pair import VocabularyPair
 from distill.vocabularies.relation import relation
 from distill.vocabularies.token_bytes import TokenBytes
@@ -69,9 +69,17 @@ def load_tokenizers(module: Any, source: str | None, trust_remote_code: bool, st
     if source is None:
         raise UserError("data.tokenizer: null, and there is no teacher to take it from; name a model source")
     teacher = load_tokenizer(source, trust_remote_code=trusted)
-    if student is None and (own := getattr(module, "student_tokenizer_source", None)) is not None:
+    options = getattr(module, "options", None)
+    if student is None and (own := getattr(options, "tokenizer_source", None)) is not None:
         student = load_tokenizer(own, trust_remote_code=remote, key="model.student")
-    return tokenizers_of(teacher, student)
+    found = tokenizers_of(teacher, student)
+    if found.vocabularies is not None and options is not None and options.vocabulary is None:
+        check_vocabularies(teacher, student, "model.student")
+        raise UserError(
+            f"model.vocabulary: null, and the student's tokenizer is another than the teacher's ({len(student)} and "
+            f"{len(teacher)} ids); leave it out, or choose a student with the teacher's tokenizer"
+        )
+    return found
 
 
 def tokenizers_of(teacher: Any, student: Any | None) -> Tokenizers:

@@ -201,8 +201,8 @@ def check_vocabularies(
         index, teacher_token, student_token = min(differing)
         raise UserError(
             f"{key}: its tokenizer differs from the teacher's in {len(differing)} ids (id {index} is {teacher_token!r} "
-            f"for the teacher, {student_token!r} for the student); choose a student with the teacher's tokenizer: "
-            "distilling across tokenizers is not there yet"
+            f"for the teacher, {student_token!r} for the student); choose a student with the teacher's tokenizer, or "
+            "leave model.vocabulary on and the data to a DistillationDataModule"
         )
 
 
@@ -213,28 +213,47 @@ def build_student(
     *,
     student: str | None,
     student_config: str | dict[str, Any] | None,
+    own_tokenizer: PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> PreTrainedModel:
-    """A student in fp32 with the teacher's tokenizer, from weights or a configuration.
+    """A student in fp32, from weights or a configuration.
+
+    Args:
+        teacher: gives the number of ids where nothing else does.
+        teacher_source: of its tokenizer.
+        student: source of the weights.
+        student_config: source or keys of the configuration.
+        own_tokenizer: that the student reads with; None = the teacher's.
+        trust_remote_code: run code that comes with a source.
+        allow_pickle: accept `pytorch_model.bin`.
 
     Raises:
         UserError: as the loaders do; ids that mean different tokens, or fewer of them than the tokenizer has.
     """
-    tokenizer = load_tokenizer(teacher_source, trust_remote_code=trust_remote_code, key="model.teacher")
+    whose = "the teacher's" if own_tokenizer is None else "its"
+    tokenizer = own_tokenizer or load_tokenizer(
+        teacher_source, trust_remote_code=trust_remote_code, key="model.teacher"
+    )
     if student_config is not None:
-        key, vocab_size = "model.student_config", lm_head_of(teacher).vocab_size
+        key = "model.student_config"
+        vocab_size = lm_head_of(teacher).vocab_size if own_tokenizer is None else len(own_tokenizer)
         model = student_from_config(student_config, vocab_size=vocab_size, trust_remote_code=trust_remote_code, key=key)
     else:
         assert student is not None
         key = "model.student"
         model = load_model(student, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, key=key)
-        own_tokenizer = load_tokenizer(student, trust_remote_code=trust_remote_code, key=key)
-        check_vocabularies(tokenizer, own_tokenizer, key)
+        if own_tokenizer is None:
+            its = load_tokenizer(student, trust_remote_code=trust_remote_code, key=key)
+            check_vocabularies(tokenizer, its, key)
+    if own_tokenizer is not None and student_config is not None:
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # the config's defaults mean other tokens
+            for place in (model.config, model.generation_config):
+                setattr(place, name, getattr(own_tokenizer, name))
     rows = lm_head_of(model).vocab_size
     if rows < len(tokenizer):
         raise UserError(
-            f"{key}: a vocabulary of {rows} ids is smaller than the {len(tokenizer)} of the teacher's tokenizer; "
+            f"{key}: a vocabulary of {rows} ids is smaller than the {len(tokenizer)} of {whose} tokenizer; "
             "give a student that has them all"
         )
     return model

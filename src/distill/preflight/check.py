@@ -28,21 +28,18 @@ from distill.errors import UserError
 from distill.losses.engine.metrics import DistillationMetrics
 from distill.preflight.cached import cache_findings, traced
 from distill.preflight.checks import (
-    Vocabulary,
     alignment_rows,
     batch_findings,
     gpu_findings,
     held_out_findings,
     precision_findings,
     schedule_findings,
-    special_ids,
     teacher_findings,
-    vocabulary_findings,
 )
 from distill.preflight.choices import choice_findings
 from distill.preflight.memory import MemoryEstimate, estimate_memory, forward_flops
 from distill.preflight.plan import Plan, device_gib, head_size, matmul_tflops, shape_of, skeletons
-from distill.preflight.quick import counting_nll, single_rows, stopping_findings
+from distill.preflight.quick import counting_nll, of_its_own, single_rows
 from distill.preflight.starting import show_start
 from distill.preflight.tables import (
     GIB,
@@ -52,8 +49,8 @@ from distill.preflight.tables import (
     memory_table,
     show,
     titled,
-    vocabulary_table,
 )
+from distill.preflight.vocabularies import own_ids, show_pairs, show_vocabularies
 from distill.teachers.cache_files import is_cache
 from distill.training.callbacks.curriculum import Curriculum
 from distill.training.callbacks.refused import check_callbacks
@@ -117,14 +114,16 @@ def check(trainer: L.Trainer, module: DistillationModule, datamodule: Distillati
     horizon = _attach(this)
     precision, device = str(trainer.precision), "cuda" if plan.accelerated else "cpu"
     this.findings += precision_findings(precision, device)
-    teacher, student = skeletons(module.options, precision, device)
+    teacher, student = skeletons(module.options, precision, device, own_ids(datamodule))
     this.findings += gpu_findings(module.options, precision, device, teacher)
     this.findings += choice_findings(module.options, this.curriculum.schedules, student)
-    _vocabularies(this, teacher.config, student.config)
+    this.findings += show_vocabularies(console, module, datamodule, (teacher.config, student.config))
     rows = getattr(datamodule, "validation_rows", None)
     seconds = None
     if rows is not None:
-        _example(this, min(head_size(teacher), head_size(student)))
+        _example(this, min(head_size(teacher), head_size(student)) if rows.pairing is None else head_size(student))
+        if rows.pairing is not None:
+            this.findings += show_pairs(console, module, datamodule)
         if plan.weights:
             seconds = _measure(this)
     show(console, curriculum_table(this.curriculum, module.components, horizon))
@@ -209,21 +208,6 @@ def _validates(this: Check) -> None:
         check_validation_interval(interval, _epoch_batches(this))
 
 
-def _vocabularies(this: Check, teacher: Any, student: Any) -> None:
-    tokenizer = getattr(this.datamodule, "tokenizer", None)
-    if tokenizer is not None and len(tokenizer) <= len(tokenizer.all_special_tokens):
-        tokenizer = None  # what transformers makes of a folder without tokenizer files
-    sides = [
-        Vocabulary(name, config.get_text_config(decoder=True).vocab_size, special_ids(config))
-        for name, config in (("teacher", teacher), ("student", student))
-    ]
-    if tokenizer is not None:
-        sides = [Vocabulary("tokenizer", len(tokenizer), special_ids(tokenizer)), *sides]
-        odd = vocabulary_findings(sides[0], sides[1:])
-        this.findings += odd + stopping_findings(this.module, this.datamodule, bool(odd))
-    show(this.console, vocabulary_table(sides, tokenizer))
-
-
 def _example(this: Check, vocab_size: int) -> None:
     assert this.datamodule.validation_rows is not None
     batch = next(single_rows(this.datamodule.validation_rows))
@@ -259,6 +243,8 @@ def _measure(this: Check) -> float:
             this.findings.append(f"{name}: {value} on the first validation row")
     figures = {name: float(value) for name, value in metrics.compute().items()}
     unigram = counting_nll(this.datamodule, batches, head_size(teacher))
+    if batches[0].pairs is not None and module.teacher is not None:
+        figures |= of_its_own(module.teacher, batches)
     if "teacher_nll" in figures:
         this.findings += teacher_findings(figures["teacher_nll"], unigram, head_size(teacher))
     title = f"{len(batches)} validation row{'s' * (len(batches) > 1)} before training"

@@ -72,18 +72,21 @@ def head_size(model: PreTrainedModel) -> int:
     return int(model.get_output_embeddings().weight.shape[0])
 
 
-def skeletons(options: ModelOptions, precision: str, device: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+def skeletons(
+    options: ModelOptions, precision: str, device: str, own_ids: int | None = None
+) -> tuple[PreTrainedModel, PreTrainedModel]:
     """Teacher and student without memory, in the dtypes that a run gives them.
 
     Args:
         options: of the run.
         precision: of the trainer.
         device: cpu, cuda, ...
+        own_ids: of the student's tokenizer, where it is another than the teacher's.
     """
     learns, frozen = student_dtype(precision), teacher_dtype(options.teacher_dtype, precision, device)
     config = load.load_config(options.teacher, trust_remote_code=options.trust_remote_code)
     teacher = skeleton(config, frozen, options.trust_remote_code)
-    student = student_skeleton(options, config, head_size(teacher), learns)
+    student = student_skeleton(options, config, own_ids or head_size(teacher), learns)
     if options.lora is not None:
         options.lora.add_to(student)
     return teacher, student

@@ -28,6 +28,8 @@ from distill.preflight.checks import (
 from distill.preflight.choices import choice_findings
 from distill.preflight.plan import head_size
 from distill.preflight.turn_ends import turn_end_findings
+from distill.preflight.two_tokenizers import coverage_findings, with_tokenizers
+from distill.teachers.mapped import MappedTeacher
 from distill.teachers.source import TargetSource
 from distill.training.callbacks.curriculum import Curriculum
 from distill.training.lightning_internals import callbacks_of
@@ -46,7 +48,7 @@ def quick_findings(
     """
     teacher, student = module.teacher.model if module.teacher is not None else None, module.student
     ours = datamodule if isinstance(datamodule, DistillationDataModule) else None
-    tokenizer, rows = (ours.tokenizer, ours.validation_rows) if ours is not None else (None, None)
+    rows = ours.validation_rows if ours is not None else None
     models = {name: model for name, model in (("teacher", teacher), ("student", student)) if model is not None}
     sizes = [head_size(model) for model in models.values()]
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -59,17 +61,20 @@ def quick_findings(
         findings += choice_findings(module.options, schedules_of(trainer), student)
     if teacher is not None:
         findings += gpu_findings(module.options, str(trainer.precision), device, teacher)
-    if tokenizer is not None:
+    if ours is not None and ours.tokenizers is not None:
         sides = [
             Vocabulary(name, size, special_ids(model.config))
             for (name, model), size in zip(models.items(), sizes, strict=True)
         ]
-        odd = vocabulary_findings(Vocabulary("tokenizer", len(tokenizer), special_ids(tokenizer)), sides)
+        odd = [
+            finding for _, group in with_tokenizers(ours.tokenizers, sides) for finding in vocabulary_findings(*group)
+        ]
         findings += odd + stopping_findings(module, ours, bool(odd))
+        findings += coverage_findings(ours)
     if ours is not None and rows is not None and len(rows):
         findings += held_out_findings(ours) if trainer.limit_val_batches else []
         batch = move_data_to_device(next(single_rows(rows)), module.device)
-        findings += batch_findings(batch, min(sizes))
+        findings += batch_findings(batch, min(sizes) if batch.pairs is None else sizes[-1])
         if teacher is not None:
             assert module.teacher is not None
             nll = teacher_nll(module.teacher, batch)
@@ -90,7 +95,8 @@ def stopping_findings(
     """Whether the student learns to stop, and where; `told` = it was said already that special ids differ."""
     if datamodule is None or (told and not datamodule.conversations):
         return []
-    random = module.options.student_config is not None  # exported with the teacher's generation_config
+    shared = datamodule.tokenizers is None or datamodule.tokenizers.vocabularies is None
+    random = module.options.student_config is not None and shared  # exported with the teacher's generation_config
     teacher = module.teacher.model if module.teacher is not None else None
     generation = getattr(teacher if random else getattr(module, "student", None), "generation_config", None)
     stops = getattr(generation, "eos_token_id", None)
@@ -104,12 +110,21 @@ def counted(number: int) -> str:
 
 @torch.no_grad()
 def teacher_nll(teacher: TargetSource, batch: Batch) -> float:
-    """Nats per token of a batch under a teacher that has its whole distribution, without a logits tensor."""
-    whole = teacher(batch, Needs(), CurriculumState(0, 0.0, {}, 1.0, None), kd=False).whole
+    """Nats per token of its own of a batch under a teacher that has its whole distribution, without a logits tensor."""
+    source = teacher.source if isinstance(teacher, MappedTeacher) else teacher
+    whole = source(batch, Needs(), CurriculumState(0, 0.0, {}, 1.0, None), kd=False).whole
     assert whole is not None
     engine = distillation_loss(whole.hidden_ND, whole.head, batch.teacher.labels_N, None, lm_weight=0.0)
     assert engine.lm_sum is not None
     return float(engine.lm_sum) / max(1, len(batch.teacher.labels_N))
+
+
+def of_its_own(teacher: TargetSource, batches: list[Batch]) -> dict[str, float]:
+    """The teacher's perplexity on its own tokens of rows that the student reads otherwise."""
+    tokens = [len(batch.teacher.labels_N) for batch in batches]
+    total = sum(teacher_nll(teacher, batch) * count for batch, count in zip(batches, tokens, strict=True))
+    nll = total / max(1, sum(tokens))
+    return {"teacher_nll": nll, "teacher_perplexity": math.exp(min(nll, 700))}
 
 
 def single_rows(rows: PackedRows) -> Iterator[Batch]:
@@ -118,10 +133,11 @@ def single_rows(rows: PackedRows) -> Iterator[Batch]:
 
 
 def counting_nll(datamodule: DistillationDataModule, batches: list[Batch], vocab_size: int) -> float:
-    """Nats per token of a word count of training rows, or of later validation rows of a stream."""
+    """Nats per token of the teacher's of a word count of training rows, or of later validation rows of a stream."""
     rows = datamodule.train_rows if datamodule.train_rows is not None else datamodule.validation_rows
     assert rows is not None
     step = max(1, len(rows) // COUNTED_ROWS)
-    counted = [torch.as_tensor(rows[index]["input_ids"]) for index in range(0, len(rows), step)]
-    labels = [batch.student.labels_N.cpu() for batch in batches]
+    column = "input_ids" if rows.pairing is None else "teacher_input_ids"
+    counted = [torch.as_tensor(rows[index][column]) for index in range(0, len(rows), step)]
+    labels = [batch.teacher.labels_N.cpu() for batch in batches]
     return unigram_nll(torch.cat(counted).long(), torch.cat(labels), vocab_size)

@@ -76,11 +76,13 @@ class Taught:
         whole: the whole distribution of each valid token, which weight-free metrics compare with; None where the source
             does not have it for these rows.
         targets: what `kd_loss` learns from, thinned where its options say so; None where it was not asked for.
+        classes: what weight-free metrics compare with in place of `whole` where the tokenizers differ.
     """
 
     trace: Trace
     whole: DenseTargets | None
     targets: Targets | None
+    classes: Targets | None = None
 
 
 class TargetSource(Protocol):

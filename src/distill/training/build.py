@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -27,12 +28,14 @@ from distill.models.precision import cast, check_experts, student_dtype, teacher
 from distill.models.trace import Needs
 from distill.teachers.cache_files import is_cache, read_manifest
 from distill.teachers.cached import CachedTeacher
+from distill.teachers.mapped import MappedTeacher
 from distill.teachers.online import OnlineTeacher, quantize
 from distill.teachers.source import ReadData, Run, TargetSource
 from distill.training.from_cache import absent_teacher, check_options, teacher_to_cut
 from distill.training.lightning_internals import callbacks_of
 from distill.training.options import ModelOptions
 from distill.training.start import first_rank_makes, start_student
+from distill.vocabularies.pair import VocabularyPair
 
 Checked = tuple[PreTrainedModel, TargetSource, dict[str, Any] | None, list[Component]]
 
@@ -72,6 +75,8 @@ def _checked(options: ModelOptions, trainer: L.Trainer) -> Checked:
     source: TargetSource = (
         CachedTeacher(options.teacher, teacher) if cached else OnlineTeacher(teacher, options.teacher_top_k)
     )
+    if (vocabularies := vocabularies_of(trainer)) is not None:
+        source = MappedTeacher(source, vocabularies, looks_ahead(options, trainer))
     curriculum = curriculum_of(trainer)
     source.open(
         Run(
@@ -156,6 +161,10 @@ def new_student(
     if options.is_cut:
         return start_student(teacher, options, trainer, data_of(trainer))
     named: dict[str, Any] = {"student": options.student, "student_config": options.student_config}
+    data = data_of(trainer)
+    if vocabularies_of(trainer) is not None:
+        assert isinstance(data, DistillationDataModule)
+        named["own_tokenizer"] = data.tokenizer
     return load.build_student(teacher, options.teacher, **(named | options.load_options)), None
 
 
@@ -196,6 +205,29 @@ def prepared_student(options: ModelOptions, trainer: L.Trainer, student: PreTrai
     if options.gradient_checkpointing:
         student.activation_checkpointing_enable()
     return student.train()
+
+
+def vocabularies_of(trainer: L.Trainer) -> VocabularyPair | None:
+    """Teacher's and student's tokenizer as bytes; None where one serves both."""
+    data = data_of(trainer)
+    tokenizers = data.tokenizers if isinstance(data, DistillationDataModule) else None
+    return None if tokenizers is None else tokenizers.vocabularies
+
+
+def looks_ahead(options: ModelOptions, trainer: L.Trainer) -> bool:
+    """Whether targets across tokenizers follow the teacher along the text; says so where that was left open."""
+    assert options.vocabulary is not None
+    if options.vocabulary.look_ahead is not None:
+        return options.vocabulary.look_ahead
+    weight = curriculum_of(trainer).lm
+    values = [knot[1] for knot in weight] if isinstance(weight, list) else [weight]
+    learns = options.lm_loss and any(value > 0 for value in values)
+    if not learns:
+        rank_zero_info(
+            "model.vocabulary.look_ahead: on, since lm_loss has no weight in this run: nothing else would teach the "
+            "student its tokens that are longer than the teacher's."
+        )
+    return not learns
 
 
 def teacher_needs(components: Mapping[str, Component]) -> dict[str, Needs]:

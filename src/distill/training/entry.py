@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from distill.checkpoints import contents
 from distill.teachers.cache_files import is_cache, read_manifest
-from distill.training.build import data_of
+from distill.training.build import data_of, vocabularies_of
 from distill.training.options import ModelOptions
 
 
@@ -26,8 +26,14 @@ def settings(options: ModelOptions, trainer: L.Trainer) -> dict[str, Any]:
 
 
 def tokenizer_source(options: ModelOptions, trainer: L.Trainer) -> str:
-    """Where the tokenizer comes from that the data is read with."""
+    """Where the tokenizer comes from that the teacher's side of the data is read with."""
     return getattr(data_of(trainer), "tokenizer_source", None) or options.teacher
+
+
+def student_tokenizer_source(options: ModelOptions, trainer: L.Trainer) -> str:
+    """Where the tokenizer comes from that the student reads with."""
+    own = options.tokenizer_source if vocabularies_of(trainer) is not None else None
+    return own or tokenizer_source(options, trainer)
 
 
 def entry(
@@ -47,10 +53,11 @@ def entry(
         made: how the student was, before the run; None where it was not.
     """
     generation = student.generation_config
-    if options.student_config is not None and teacher is not None:
+    alike = vocabularies_of(trainer) is None
+    if options.student_config is not None and teacher is not None and alike:
         # Random weights learn the teacher's tokens, and its own defaults for where to stop mean other ones.
         generation = teacher.generation_config
     run = contents.run_record(trainer, options.losses) | ({} if made is None else {"student_fit": made})
-    source = tokenizer_source(options, trainer)
+    source = student_tokenizer_source(options, trainer)
     recorded = contents.record(student, generation, source, options.lora, data_of(trainer), run)
     return contents.describe(settings(options, trainer)) | recorded

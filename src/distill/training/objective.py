@@ -7,7 +7,7 @@ Shapes: B rows, L positions, N valid tokens, D width.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from distill.losses.component import Component
 from distill.losses.engine.divergence import KDLoss
 from distill.losses.engine.loss import distillation_loss
 from distill.losses.engine.metrics import TokenStats
-from distill.models.head import lm_head_of
+from distill.losses.engine.targets import Targets
+from distill.models.head import LMHead, lm_head_of
 from distill.models.trace import Trace, merged, trace
 from distill.teachers.source import TargetSource, Taught
 
@@ -112,6 +113,7 @@ def _over_vocabulary(
 ) -> _Parts:  # fmt: skip
     """KD, next tokens and weight-free sums in one walk over the vocabulary wherever that is the same arithmetic."""
     whole, targets = (taught.whole, taught.targets) if taught is not None else (None, None)
+    classes = taught.classes if taught is not None else None
     student_side = (batch.student.valid(seen.last_BLD), lm_head_of(student), batch.student.labels_N)
     watched = weights.get("kd_loss") == 0
     learns = "kd_loss" in weights and not watched
@@ -121,15 +123,29 @@ def _over_vocabulary(
         **options,
         kd_weight=weights["kd_loss"] * factors["kd_loss"] if learns else None,
         lm_weight=weights["lm_loss"] * factors["lm_loss"] if "lm_loss" in weights else None,
-        metrics=metrics and (not learns or targets is whole),
+        metrics=metrics and (not learns or targets is whole or classes is not None),
     )
     sums, token_stats = {"kd_loss": engine.kd_sum, "lm_loss": engine.lm_sum}, engine.stats
     if watched:  # by itself: a teacher beside the LM loss would move the borders of the chunks, and the last bits
         sums["kd_loss"] = distillation_loss(*student_side, targets, **options, kd_weight=0.0).kd_sum
     if metrics and token_stats is None:  # of the teacher's whole distribution, whatever the loss learns from
         token_stats = distillation_loss(*student_side, whole, chunk_size=options["chunk_size"], metrics=True).stats
+    if token_stats is not None and classes is not None:
+        token_stats = _with_classes(token_stats, student_side, classes, batch, options["chunk_size"])
     raw = {name: value * factors[name] for name, value in sums.items() if value is not None}
     return _Parts(engine.loss, raw, token_stats)
+
+
+def _with_classes(
+    stats: TokenStats, student_side: tuple[Tensor, LMHead, Tensor], classes: Targets, batch: Batch,
+    chunk_size: int | None,
+) -> TokenStats:  # fmt: skip
+    """The statistics with the KL between classes at T = 1, over the tokens that have a target."""
+    assert batch.pairs is not None
+    engine = distillation_loss(*student_side, classes, kd=KDLoss(), kd_weight=0.0, chunk_size=chunk_size)
+    assert engine.kd_sum is not None
+    counted = (batch.pairs.group_N >= 0).sum(dtype=torch.float64)
+    return replace(stats, class_kl=engine.kd_sum.double(), targets=counted)
 
 
 def _add_component(

@@ -15,6 +15,7 @@ from distill.losses.layerwise import Layerwise
 from distill.losses.routing import Routing
 from distill.models.lora import LoRA
 from distill.models.start.shape import StudentFit
+from distill.vocabularies.options import VocabularyOptions
 
 WIDTHS = ("student_intermediate_size", "student_hidden_size")
 
@@ -35,6 +36,10 @@ class ModelOptions:
             mixture of experts becomes dense FFNs out of all its experts. Without student_layers every layer is kept.
         student_hidden_size: cut a narrower residual stream, in the principal axes of the teacher's states; the head
             gets weights of its own. Without student_layers every layer is kept.
+        student_tokenizer: source of the tokenizer that the student reads with; null = its own where it is a `student`,
+            else the teacher's.
+        vocabulary: how the teacher's tokens become targets where the two read with different tokenizers; null = that is
+            refused.
         student_fit: how a student that is cut by layers or widths is fitted to the teacher, layer by layer, before the
             run; null = not at all, or, where neurons are chosen, in closed form alone.
         lora: low-rank adapters in the student, trained in place of its weights; null = off.
@@ -79,6 +84,8 @@ class ModelOptions:
     student_config: str | dict[str, Any] | None = None
     student_intermediate_size: int | None = None
     student_hidden_size: int | None = None
+    student_tokenizer: str | None = None
+    vocabulary: VocabularyOptions | None = VocabularyOptions()  # noqa: RUF009  (frozen)
     student_fit: StudentFit | None = StudentFit()  # noqa: RUF009  (frozen)
     lora: LoRA | None = None
     kd_loss: KDLoss | None = KDLoss()  # noqa: RUF009  (frozen)
@@ -118,6 +125,11 @@ class ModelOptions:
             raise UserError(
                 f"model.student: {len(chosen)} of student, student_layers and student_config are given "
                 f"({', '.join(chosen) or 'none'}): give exactly one"
+            )
+        if self.is_cut and self.student_tokenizer is not None:
+            raise UserError(
+                f"model.student_tokenizer: {self.student_tokenizer!r}, but a student that is cut reads its teacher's "
+                "tokens; leave it out, or give model.student or student_config"
             )
         if not self.losses:
             raise UserError(
@@ -179,6 +191,11 @@ class ModelOptions:
         """What may come with weights."""
         return {"trust_remote_code": self.trust_remote_code, "allow_pickle": self.allow_pickle}
 
+    @property
+    def tokenizer_source(self) -> str | None:
+        """Where the student's tokenizer comes from; None = it is the teacher's."""
+        return self.student_tokenizer or self.student
+
     @cached_property
     def components(self) -> dict[str, Component]:
         """Key -> the losses on layers that are on, in listing order."""
@@ -204,6 +221,8 @@ class ModelOptions:
         found: dict[str, Any] = {"teacher": self.teacher, "lm_loss": self.lm_loss}
         found |= {key: width for key in WIDTHS if (width := getattr(self, key)) is not None}
         found |= {key: getattr(self, key) for key in plain} | {"router_learning_rate": self.router_rate}
+        if self.student_tokenizer is not None:
+            found["student_tokenizer"] = self.student_tokenizer
         found |= {"optimizer": self.optimizer, "warmup_steps": self.warmup_steps, "weight_decay": self.weight_decay}
         found |= {key: None if (value := getattr(self, key)) is None else asdict(value) for key in ("kd_loss", "lora")}
         found |= {key: self.components[key].settings() if key in self.components else None for key in component_keys()}

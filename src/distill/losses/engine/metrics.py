@@ -20,7 +20,8 @@ class TokenStats:
     """Weight-free sums over tokens at temperature 1, float64 scalars in nats unless stated.
 
     Sums about the teacher are None without dense targets. KL, agreement, acceptance and entropies are over the
-    shared ids.
+    shared ids. Where the tokenizers differ there is a KL between the masses of classes of the student's ids, over
+    the tokens that have a target.
     """
 
     tokens: Tensor
@@ -33,19 +34,31 @@ class TokenStats:
     agreement: Tensor | None = None
     top5_agreement: Tensor | None = None  # share of the teacher's five likeliest ids among the student's, summed
     acceptance: Tensor | None = None  # 1 - total variation between the two distributions, summed
+    class_kl: Tensor | None = None
+    targets: Tensor | None = None  # tokens that it is summed over
 
 
 _OF_TEACHER = ("kl_div", "teacher_nll", "teacher_entropy", "agreement", "top5_agreement", "acceptance")
 
 
-_SUMS = ("tokens", "student_nll", "student_entropy", *_OF_TEACHER, "tokens_with_teacher", "num_bytes")
+_SUMS = (
+    "tokens",
+    "student_nll",
+    "student_entropy",
+    *_OF_TEACHER,
+    "tokens_with_teacher",
+    "num_bytes",
+    "class_kl",
+    "targets",
+)
 
 
 class DistillationMetrics(Metric):
     """Accumulates `TokenStats`; a scalar per name, float64.
 
     Returns of `compute`, in nats per token unless stated:
-        kl_div_T1: forward KL to the teacher at T = 1 over the shared ids.
+        kl_div_T1: forward KL to the teacher at T = 1 over the shared ids; where the tokenizers differ, between the
+            masses of classes, per token that has a target.
         student_nll, teacher_nll: negative log-likelihood of the labels.
         student_perplexity, teacher_perplexity: its exponential.
         top1_agreement: share of tokens where both models prefer the same id.
@@ -73,6 +86,8 @@ class DistillationMetrics(Metric):
     acceptance: Tensor
     tokens_with_teacher: Tensor
     num_bytes: Tensor
+    class_kl: Tensor
+    targets: Tensor
     calibration: Tensor
 
     def __init__(self) -> None:
@@ -101,6 +116,9 @@ class DistillationMetrics(Metric):
             self.tokens_with_teacher += stats.tokens
             for name in _OF_TEACHER:
                 setattr(self, name, getattr(self, name) + getattr(stats, name))
+        if stats.class_kl is not None:
+            self.class_kl += stats.class_kl
+            self.targets += stats.targets
 
     def compute(self) -> dict[str, Tensor]:
         """The metrics by name; see the class."""
@@ -116,6 +134,8 @@ class DistillationMetrics(Metric):
         }
         if self.num_bytes > 0:
             result["bits_per_byte"] = self.student_nll / (self.num_bytes * math.log(2))
+        if self.targets > 0:
+            result["kl_div_T1"] = self.class_kl / self.targets
         if self.tokens_with_teacher > 0:
             teacher_nll = self.teacher_nll / self.tokens_with_teacher
             result |= {

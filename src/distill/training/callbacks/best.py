@@ -14,12 +14,18 @@ from typing import Any, final
 import lightning as L
 from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 
 from distill.errors import UserError, did_you_mean
+from distill.training.build import vocabularies_of
 from distill.training.callbacks.text import run_directory
 from distill.training.horizon import horizon_of
+from distill.training.lightning_internals import callbacks_of
 
 MORE_IS_BETTER = re.compile(r"(top\d_agreement|acceptance|acc|acc_norm|exact_match|f1|\w+_retention_percent)(,.*)?")
+
+OF_SHARED_IDS = re.compile(r"val/([\w.-]+/)?(top\d_agreement|acceptance|teacher_\w+)")
+DEFAULT_MONITOR, BETWEEN_TOKENIZERS = "val/kl_div_T1", "val/bits_per_byte"
 
 
 @final
@@ -29,6 +35,11 @@ class BestLink(Checkpoint):
     def __init__(self) -> None:
         self.path, self.score = "", float("nan")
         self.step: int | None = None  # None = chosen by a run that did not say
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Chooses by what there is where teacher and student have different tokenizers; the data are set up by now."""
+        if stage == "fit" and vocabularies_of(trainer) is not None:
+            settle_monitors(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
@@ -78,6 +89,25 @@ def chooser(trainer: L.Trainer) -> ModelCheckpoint | None:
     """The first callback that keeps the best by a metric."""
     kept = (one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint))
     return next((one for one in kept if one.monitor is not None), None)
+
+
+def settle_monitors(trainer: L.Trainer) -> None:
+    """Across tokenizers the default metric gives way to bits per byte, which is the same for all of them.
+
+    Raises:
+        UserError: a callback was given a metric that compares ids, which there is not.
+    """
+    kept = chooser(trainer)
+    if kept is not None and kept.monitor == DEFAULT_MONITOR:
+        kept.monitor = BETWEEN_TOKENIZERS
+        rank_zero_info(f"checkpoint.monitor: {BETWEEN_TOKENIZERS}, since the student has a tokenizer of its own.")
+    for one in callbacks_of(trainer, ModelCheckpoint) + callbacks_of(trainer, EarlyStopping):
+        if one.monitor is not None and OF_SHARED_IDS.fullmatch(one.monitor):
+            key = "checkpoint" if isinstance(one, ModelCheckpoint) else "early_stopping"
+            raise UserError(
+                f"{key}.monitor: {one.monitor} compares the same ids on both sides, and the student has a tokenizer of "
+                f"its own; set {BETWEEN_TOKENIZERS}"
+            )
 
 
 def check_monitors(callbacks: Iterable[Callback], sets: Iterable[str], tasks: bool) -> None:
