@@ -74,10 +74,10 @@ def load_tokenizers(module: Any, source: str | None, trust_remote_code: bool, st
         student = load_tokenizer(own, trust_remote_code=remote, key="model.student")
     found = tokenizers_of(teacher, student)
     if found.vocabularies is not None and options is not None and options.vocabulary is None:
-        check_vocabularies(teacher, student, "model.student")
+        check_vocabularies(teacher, found.student, "model.student")
         raise UserError(
-            f"model.vocabulary: null, and the student's tokenizer is another than the teacher's ({len(student)} and "
-            f"{len(teacher)} ids); leave it out, or choose a student with the teacher's tokenizer"
+            f"model.vocabulary: null, and the student's tokenizer is another than the teacher's ({len(found.student)} "
+            f"and {len(teacher)} ids); leave it out, or choose a student with the teacher's tokenizer"
         )
     return found
 

@@ -7,7 +7,6 @@ Shapes: N valid tokens of the student, T positions of the teacher in a batch, D 
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import torch
@@ -20,15 +19,15 @@ from distill.errors import UserError
 from distill.losses.engine.divergence import KDLoss
 from distill.losses.engine.mapped import VocabularyMap, inside_rows, mapped_rows, vocabulary_map
 from distill.losses.engine.rows import Buffers
+from distill.losses.engine.targets import Targets
 from distill.models.head import LMHead, lm_head_of
 from distill.models.trace import Needs
 from distill.teachers.baselines import RankedTargets, aligned_only, exact_matches
 from distill.teachers.cached import CachedTeacher
 from distill.teachers.look_ahead import Changes, LookAhead
 from distill.teachers.source import Run, TargetSource, Taught
+from distill.vocabularies.options import Method
 from distill.vocabularies.pair import VocabularyPair
-
-Method = Literal["first_token", "aligned", "exact_matches", "uld"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,14 +109,10 @@ class MappedTeacher:
         self, source: TargetSource, pair: VocabularyPair, look_ahead: bool = False, method: Method = "first_token"
     ) -> None:
         self.source, self.pair, self.method = source, pair, method
+        self.model: PreTrainedModel = source.model
         self.look_ahead = LookAhead(pair) if look_ahead else None
         self._tables: VocabularyMap | None = None
         self._learned_tables: VocabularyMap | None = None
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The teacher's network."""
-        return self.source.model
 
     def open(self, run: Run) -> None:
         """Makes the tables of the two vocabularies; see `TargetSource`.
@@ -159,7 +154,7 @@ class MappedTeacher:
         taught = self.source(batch, needs, state, kd=False)
         assert taught.whole is not None
         head, pairs = taught.whole.head, batch.pairs
-        if taught.trace is not None:
+        if taught.trace is not None and taught.trace.last_BLD.numel():
             states_TD, of_T = taught.trace.last_BLD.flatten(0, 1), None
         else:  # of a cache, which holds those of valid tokens
             states_TD, of_T = taught.whole.hidden_ND, batch.teacher.positions
@@ -171,13 +166,14 @@ class MappedTeacher:
 
         targets = MappedTargets(states(pairs.teacher_N), head, self._tables, pairs)
         if not kd:
-            return Taught(taught.trace, None, targets)
+            return Taught(taught.trace, None, None, classes=targets)
+        learned: Targets = targets
         if self.method != "first_token":
-            return Taught(taught.trace, None, self._baseline(targets))
-        if self.look_ahead is not None:
+            learned = self._baseline(targets)
+        elif self.look_ahead is not None:
             changes = self.look_ahead(targets.hidden_ND, states, head, self._class_S, pairs, state.temperature)
-            targets = replace(targets, changes=changes)
-        return Taught(taught.trace, None, targets)
+            learned = replace(targets, changes=changes)
+        return Taught(taught.trace, None, learned, classes=targets)
 
     def _baseline(self, targets: MappedTargets) -> MappedTargets | RankedTargets:
         """What a baseline learns from, averaged over its own targets in a batch."""

@@ -76,7 +76,8 @@ def _checked(options: ModelOptions, trainer: L.Trainer) -> Checked:
         CachedTeacher(options.teacher, teacher) if cached else OnlineTeacher(teacher, options.teacher_top_k)
     )
     if (vocabularies := vocabularies_of(trainer)) is not None:
-        source = MappedTeacher(source, vocabularies, looks_ahead(options, trainer))
+        assert options.vocabulary is not None
+        source = MappedTeacher(source, vocabularies, looks_ahead(options, trainer), options.vocabulary.method)
     curriculum = curriculum_of(trainer)
     source.open(
         Run(
@@ -217,8 +218,8 @@ def vocabularies_of(trainer: L.Trainer) -> VocabularyPair | None:
 def looks_ahead(options: ModelOptions, trainer: L.Trainer) -> bool:
     """Whether targets across tokenizers follow the teacher along the text; says so where that was left open."""
     assert options.vocabulary is not None
-    if options.vocabulary.look_ahead is not None:
-        return options.vocabulary.look_ahead
+    if options.vocabulary.look_ahead is not None or options.vocabulary.method != "first_token":
+        return bool(options.vocabulary.look_ahead)
     weight = curriculum_of(trainer).lm
     values = [knot[1] for knot in weight] if isinstance(weight, list) else [weight]
     learns = options.lm_loss and any(value > 0 for value in values)

@@ -116,7 +116,7 @@ class DistillationMetrics(Metric):
             self.tokens_with_teacher += stats.tokens
             for name in _OF_TEACHER:
                 setattr(self, name, getattr(self, name) + getattr(stats, name))
-        if stats.class_kl is not None:
+        if stats.class_kl is not None and stats.targets is not None:
             self.class_kl += stats.class_kl
             self.targets += stats.targets
 

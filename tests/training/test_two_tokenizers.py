@@ -1,0 +1,100 @@
+"""Runs of a student whose tokenizer is not the teacher's, from the command line to checkpoint and resume."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill.checkpoints.students import load_student
+from distill.errors import UserError
+from helpers.two_tokenizers import pair_config, write_pair
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pair")
+    write_pair(folder)
+    return folder
+
+
+@pytest.fixture
+def config(models, tmp_path, monkeypatch) -> dict:
+    monkeypatch.chdir(tmp_path)
+    return pair_config(models)
+
+
+def validations(cli) -> list[dict[str, str]]:
+    with Path(cli.trainer.log_dir, "metrics.csv").open() as file:
+        return [row for row in csv.DictReader(file) if row.get("val/loss")]
+
+
+def weights(cli) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in cli.model.student.parameters()])
+
+
+def test_a_student_learns_from_a_teacher_with_another_tokenizer(distill, config, capsys):
+    cli = distill("fit", config)
+    first, *_, last = validations(cli)
+    assert float(last["val/kl_div_T1"]) < 0.9 * float(first["val/kl_div_T1"])
+    assert float(last["val/bits_per_byte"]) < float(first["val/bits_per_byte"])
+    absent = ("val/top1_agreement", "val/top5_agreement", "val/acceptance", "val/teacher_perplexity")
+    assert not [name for name in absent if last.get(name)]
+    shown = capsys.readouterr().out
+    assert "val/bits_per_byte" in shown
+    assert "top1_agreement" not in shown
+    assert "by the lowest val/bits_per_byte" in shown
+    student = load_student(Path(cli.trainer.log_dir, "checkpoints", "last.ckpt"))
+    assert len(student.tokenizer) == 330
+    assert student.model.config.vocab_size == 330
+
+
+def test_an_option_refuses_other_tokenizers(distill, config):
+    config["model"]["vocabulary"] = None
+    with pytest.raises(UserError, match=r"^model.vocabulary: null, .* another than the teacher's \(330 and 420 ids\)"):
+        distill("fit", config)
+
+
+@pytest.mark.parametrize("name", ["top1_agreement", "acceptance", "teacher_perplexity"])
+def test_a_metric_that_compares_ids_is_no_monitor(distill, config, name):
+    monitored = {"monitor": f"val/{name}", "mode": "min" if name.startswith("teacher") else "max"}
+    config["early_stopping"] = monitored
+    with pytest.raises(UserError, match=rf"^early_stopping.monitor: val/{name} compares the same ids on both sides"):
+        distill("fit", config)
+
+
+def test_targets_of_some_ids_are_refused(distill, config):
+    config["model"]["kd_loss"] = {"top_k": 8}
+    with pytest.raises(UserError, match=r"^model.kd_loss.top_k: 8, but teacher and student have different tokenizers"):
+        distill("fit", config)
+
+
+def test_a_split_over_micro_batches_has_the_same_gradients(distill, config):
+    config["trainer"] |= {"max_steps": 3, "num_sanity_val_steps": 0}
+    config["data"]["max_sequences"] = 40
+    whole = weights(distill("fit", config))
+    config["data"]["per_device_batch_size"] = 1
+    split = weights(distill("fit", config, "--trainer.accumulate_grad_batches=4"))
+    chunked = weights(distill("fit", config, "--trainer.accumulate_grad_batches=4", "--model.chunk_size=7"))
+    torch.testing.assert_close(split, whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(chunked, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_a_resumed_run_equals_the_unbroken_one(distill, config):
+    config["trainer"] |= {"num_sanity_val_steps": 0, "max_steps": 8}
+    every = {"monitor": None, "every_n_train_steps": 3, "save_top_k": -1, "filename": "at-{step}"}
+    config["checkpoint"] = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": every}
+    whole = weights(distill("fit", config))
+    saved = Path("lightning_logs/version_0/checkpoints/at-3.ckpt")
+    assert torch.equal(weights(distill("fit", config, f"--ckpt_path={saved}")), whole)
+
+
+def test_streams_of_both_sides(distill, config):
+    lines = Path(config["data"]["dataset"]).read_text().split("\n\n")
+    Path("text.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    config["data"] |= {"dataset": "text.jsonl", "streaming": True, "max_validation_sequences": 4}
+    config["trainer"] |= {"max_steps": 4}
+    cli = distill("fit", config)
+    first, *_, last = validations(cli)
+    assert float(last["val/kl_div_T1"]) < float(first["val/kl_div_T1"])
