@@ -15,7 +15,9 @@ def likelihood_matching(
 ) -> Tensor:
     """Divergence between two events' probabilities, that the stretch comes or that it does not, (N), (M) -> (C).
 
-    Formula: with P = exp(1/T sum log p), and Q likewise: P log (P/Q) + (1 - P) log((1 - P)/(1 - Q)), times T^2
+    Formula: with P = exp(1/T sum log p), and Q likewise: T (P log (P/Q) + (1 - P) log((1 - P)/(1 - Q)))
+
+    The factor keeps it in nats: without it, it falls as 1/T.
 
     Args:
         student_logprobs_N: log-probability of each of the student's tokens, differentiable.
@@ -41,4 +43,4 @@ def likelihood_matching(
         for logprobs, of in ((student_logprobs_N, of_N), (teacher_logprobs_M, of_M))
     )
     log_rest_q, log_rest_p = (torch.log(-torch.expm1(log)) for log in (log_q, log_p))
-    return temperature**2 * (log_p.exp() * (log_p - log_q) + log_rest_p.exp() * (log_rest_p - log_rest_q))
+    return temperature * (log_p.exp() * (log_p - log_q) + log_rest_p.exp() * (log_rest_p - log_rest_q))
