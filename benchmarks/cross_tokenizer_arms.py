@@ -41,7 +41,9 @@ class AlmModule(DistillationModule):
         with torch.no_grad():
             places_M = counted_M.nonzero().flatten()
             labels_M = batch.teacher.input_ids.flatten()[places_M + 1]
-            teacher_M = logprobs(lm_head_of(self.teacher.model), taught.trace.last_BLD.flatten(0, 1)[places_M], labels_M)  # type: ignore[union-attr]
+            teacher_M = logprobs(
+                lm_head_of(self.teacher.model), taught.trace.last_BLD.flatten(0, 1)[places_M], labels_M
+            )  # type: ignore[union-attr]
         found_C = likelihood_matching(
             student_N[counted_N], teacher_M, torch.from_numpy(of_N)[counted_N], torch.from_numpy(of_M)[counted_M]
         )
@@ -157,9 +159,7 @@ def unigram(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     tokenizer.normalizer, tokenizer.pre_tokenizer = blanks, words
     tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens(["<eos>"])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>")
 
 
 STUDENTS = {"BPE-2,048": byte_bpe, "Unigram-1,022": unigram}

@@ -61,7 +61,7 @@ class LookAhead:
 
     Args:
         pair: the two tokenizers.
-        smallest: probability above which a token is looked at.
+        smallest: probability above which a token, or a text of several, is looked at.
         most: tokens of a row that are looked at.
     """
 
@@ -166,14 +166,14 @@ class LookAhead:
         mass, written = at_N.own[n], rest
         for step, place in enumerate(path):
             following = int(spelling.ids_T[spelling.place_N[n] + 2 + step]) if step + 1 < len(path) else -1
-            left = 1.0
+            left = 1.0 if following < 0 else 1.0 - at_P.own[place]
             for number, share in zip(at_P.ids[place], at_P.masses[place], strict=True):
-                left -= share
+                if mass * share <= self.smallest:
+                    break
                 if number != following:
+                    left -= share
                     token = tokens[number] if number < len(tokens) else None
                     moves.add(n, _NOWHERE, moves.text(before, written + (token or b"")), mass * share)
-            if following >= 0:
-                left -= 0.0 if following in at_P.ids[place] else at_P.own[place]
             if left > 0:
                 moves.add(n, _NOWHERE, moves.text(before, written), mass * left)
             if following >= 0:
