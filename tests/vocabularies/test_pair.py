@@ -9,7 +9,7 @@ from tokenizers import AddedToken
 
 from distill.vocabularies.pair import VocabularyPair
 from distill.vocabularies.token_bytes import TokenBytes
-from helpers.tokenizers import byte_bpe, real, spelled_bpe, trained
+from helpers.tokenizers import REAL, byte_bpe, real, spelled_bpe, trained
 
 FAMILIES = [("byte_bpe", 700), ("byte_bpe", 420), ("unigram", 600), ("sentencepiece_bpe", 620)]
 
@@ -48,7 +48,7 @@ def test_each_token_of_the_same_tokenizer_leads_to_itself(family):
     assert (pair.classes == same).all()
 
 
-@pytest.mark.parametrize("name", ["smollm2", "qwen3", "llama3", "llama2", "gemma3"])
+@pytest.mark.parametrize("name", REAL)
 def test_each_token_of_the_same_real_tokenizer_leads_to_itself(name):
     both = TokenBytes(real(name), "model.teacher")
     pair = VocabularyPair(both, both)

@@ -59,7 +59,7 @@ def test_bytes_in_the_middle_of_a_text_are_encoded_exactly_or_not_at_all(name):
     assert [side.text(side.encode(text)) for text in (b"Hello", b" Hello")] == [b"Hello", b" Hello"]
 
 
-@pytest.mark.parametrize("name", ["sentencepiece_bpe", "llama2"])
+@pytest.mark.parametrize("name", ["sentencepiece_bpe", pytest.param("llama2", marks=pytest.mark.slow)])
 def test_a_dummy_prefix_is_no_byte_of_the_text(name):
     tokenizer, side = bytes_of(name)
     assert side.dummy_prefix
@@ -70,7 +70,7 @@ def test_a_dummy_prefix_is_no_byte_of_the_text(name):
     assert side.text(side.encode(b"hello")) == b"hello"
 
 
-@pytest.mark.parametrize("name", ["unigram", "sentencepiece_bpe", "llama2", "gemma3"])
+@pytest.mark.parametrize("name", ["unigram", "sentencepiece_bpe", *REAL[-2:]])
 def test_byte_fallback_does_not_hide_a_real_token(name):
     tokenizer, side = bytes_of(name)
     for letter in "aeT.":
