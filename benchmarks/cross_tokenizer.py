@@ -2,11 +2,12 @@
 
 The teacher is the small mixture of experts of quality_teacher.py, 1,024 ids of byte-level BPE. Its students, Llamas of
 hidden size 128 and four layers with random weights, read with 2,048 ids of byte-level BPE or 1,022 of Unigram. A seed
-gives the weights, the training rows and their order; all arms of a seed have the same. All goes through the program's own
-module, data and trainer. The rate is the best of a few for CE, of a seed of its own, and every arm has it. Every
+gives the weights, the training rows and their order; all arms of a seed have the same. All goes through the program's
+own module, data and trainer. The rate is the best of a few for CE, of a seed of its own, and every arm has it. Every
 finished student is written at once and skipped next time.
 
-These are gaps after 80 steps of eight rows of at most 128 tokens of either side, of early training: directions, not sizes.
+These are gaps after 80 steps of eight rows of at most 128 tokens of either side, of early training: directions, not
+sizes.
 
     python benchmarks/cross_tokenizer.py                    # both students, every arm, four seeds: 30 minutes
     python benchmarks/cross_tokenizer.py --minutes 9        # stops before a run that would end later

@@ -85,21 +85,23 @@ class LookAhead:
             temperature: T.
         """
         spelling, device = pairs.spelling, hidden_ND.device
-        paths = self._paths(spelling)
-        places_P = np.array(sorted({place for path in paths for place in path}), dtype=np.int64)
-        head = head.whole()
-        own_N = _behind(spelling.ids_T, spelling.place_N)
-        rows = self._likely(hidden_ND, head, own_N, temperature, pairs)
-        further = self._likely(
-            states(torch.from_numpy(places_P).to(device)), head, _behind(spelling.ids_T, places_P), temperature, None
-        )
-        at_N, at_P = _Likely.on_host(torch.cat([rows, further]), len(spelling.place_N), self.smallest)
+        paths, head = self._paths(spelling), head.whole()
+        aligned = spelling.place_N[spelling.group_N == 0]
+        places_P = np.array(sorted({place for path in paths for place in path} | set(aligned.tolist())), dtype=np.int64)
+        inside_I = spelling.inside_I
+        further_PD = states(torch.from_numpy(places_P).to(device))
+        found = [
+            self._likely(further_PD, head, _behind(spelling.ids_T, places_P), temperature, None),
+            self._likely(hidden_ND, head, _behind(spelling.ids_T, spelling.place_N), temperature, pairs),
+        ]
+        at = _Likely.on_host(torch.cat(found), self.smallest)
+        row_of = {place: row for row, place in enumerate(places_P.tolist())}
+        inside_row = {n: row for row, n in enumerate(inside_I.tolist(), start=len(places_P))}
         moves = _Moves()
         refined_N = np.full(len(spelling.place_N), -1, dtype=np.int64)
-        number_of = {place: number for number, place in enumerate(places_P.tolist())}
         for n in np.flatnonzero(spelling.place_N >= 0).tolist():
-            path = [number_of[place] for place in paths[n]]
-            refined_N[n] = self._row(n, spelling, at_N, at_P, path, moves)
+            row = inside_row[n] if n in inside_row else row_of[int(spelling.place_N[n])]
+            refined_N[n] = self._row(n, spelling, at, row, [row_of[place] for place in paths[n]], moves)
         return self._found(moves, refined_N, class_S, temperature, device)
 
     def _paths(self, spelling: Spelling) -> list[list[int]]:
@@ -122,37 +124,42 @@ class LookAhead:
         return paths
 
     def _likely(
-        self, hidden_ND: Tensor, head: LMHead, own_N: np.ndarray, temperature: float, pairs: Pairs | None
+        self, hidden_XD: Tensor, head: LMHead, own_X: np.ndarray, temperature: float, pairs: Pairs | None
     ) -> Tensor:
-        """Ids, their probabilities and that of the text's own next id, (rows, 2K + 1) in fp64, on the device."""
-        vocab, device = head.vocab_size, hidden_ND.device
+        """Ids, their probabilities and that of the text's own next id, (rows, 2K + 1) in fp64, on the device.
+
+        With pairs, only the rows that stand inside a token of the teacher, conditioned on what they have seen of it.
+        """
+        vocab, device = head.vocab_size, hidden_XD.device
         most = min(self.most, vocab)
-        found = [hidden_ND.new_zeros(0, 2 * most + 1, dtype=torch.float64)]
+        found = [hidden_XD.new_zeros(0, 2 * most + 1, dtype=torch.float64)]
         size = max(1, _CHUNK_ELEMENTS // vocab)
-        dtype = logits_dtype(hidden_ND.dtype, device)
-        for start in range(0, len(hidden_ND), size):
-            rows = slice(start, min(start + size, len(hidden_ND)))
-            logits_RV = hidden_ND.new_empty(rows.stop - start, vocab, dtype=dtype)
-            mm_into(logits_RV, hidden_ND[rows], head.weight.T)
+        dtype = logits_dtype(hidden_XD.dtype, device)
+        rows_X = np.arange(len(hidden_XD)) if pairs is None else pairs.spelling.inside_I
+        for start in range(0, len(rows_X), size):
+            rows_R = rows_X[start : start + size]
+            at_R = torch.from_numpy(rows_R).to(device)
+            logits_RV = hidden_XD.new_empty(len(rows_R), vocab, dtype=dtype)
+            mm_into(logits_RV, hidden_XD[at_R], head.weight.T)
             logits_RV = head.finish_(logits_RV.to(torch.promote_types(dtype, torch.float32))).mul_(1 / temperature)
-            if pairs is not None and (inside := inside_rows(pairs, rows)) is not None:
-                where = inside.rows_I[inside.nth_E], inside.teacher_E
+            if pairs is not None:
+                inside = inside_rows(pairs, slice(int(rows_R[0]), int(rows_R[-1]) + 1))
+                assert inside is not None
+                where = inside.nth_E, inside.teacher_E
                 kept_E = logits_RV[where]
-                logits_RV.index_fill_(0, inside.rows_I, -torch.inf).index_put_(where, kept_E)
-            probs_RV = torch.softmax(logits_RV, -1)
+                logits_RV.fill_(-torch.inf).index_put_(where, kept_E)
+            probs_RV = torch.softmax(logits_RV, -1, out=logits_RV)
             top = probs_RV.topk(most)
-            own_R1 = torch.from_numpy(own_N[rows]).to(device)[:, None].clamp(max=vocab - 1)
+            own_R1 = torch.from_numpy(own_X[rows_R]).to(device)[:, None].clamp(max=vocab - 1)
             found.append(torch.cat([top.indices.double(), top.values.double(), probs_RV.gather(1, own_R1).double()], 1))
         return torch.cat(found)
 
-    def _row(
-        self, n: int, spelling: Spelling, at_N: "_Likely", at_P: "_Likely", path: list[int], moves: "_Moves"
-    ) -> int:
+    def _row(self, n: int, spelling: Spelling, at: "_Likely", row: int, path: list[int], moves: "_Moves") -> int:
         """Notes what moves in one row; the text whose first id's class stands for itself there, -1 for none."""
         tokens = self.pair.teacher.tokens
         seen, before = int(spelling.inside_N[n]), int(spelling.own_N[n])
         own = int(spelling.ids_T[spelling.place_N[n] + 1]) if path else -1
-        for number, mass in zip(at_N.ids[n], at_N.masses[n], strict=True):
+        for number, mass in zip(at.ids[row], at.masses[row], strict=True):
             token = tokens[number] if number < len(tokens) else None
             if number != own and token:
                 rest = token[seen:]
@@ -162,12 +169,12 @@ class LookAhead:
             return -1
         rest = (tokens[own] or b"")[seen:]
         alone = moves.text(_ALONE, rest)
-        moves.add(n, alone if seen else ~int(self.pair.firsts[own]), _NOWHERE, at_N.own[n])
-        mass, written = at_N.own[n], rest
+        moves.add(n, alone if seen else ~int(self.pair.firsts[own]), _NOWHERE, at.own[row])
+        mass, written = at.own[row], rest
         for step, place in enumerate(path):
             following = int(spelling.ids_T[spelling.place_N[n] + 2 + step]) if step + 1 < len(path) else -1
-            left = 1.0 if following < 0 else 1.0 - at_P.own[place]
-            for number, share in zip(at_P.ids[place], at_P.masses[place], strict=True):
+            left = 1.0 if following < 0 else 1.0 - at.own[place]
+            for number, share in zip(at.ids[place], at.masses[place], strict=True):
                 if mass * share <= self.smallest:
                     break
                 if number != following:
@@ -177,7 +184,7 @@ class LookAhead:
             if left > 0:
                 moves.add(n, _NOWHERE, moves.text(before, written), mass * left)
             if following >= 0:
-                mass *= at_P.own[place]
+                mass *= at.own[place]
                 written += tokens[following] or b""
         return alone
 
@@ -241,20 +248,17 @@ class _Likely:
     own: list[float]
 
     @classmethod
-    def on_host(cls, found: Tensor, first: int, smallest: float) -> "tuple[_Likely, _Likely]":
-        """Those of the first rows, and those of the others."""
+    def on_host(cls, found: Tensor, smallest: float) -> "_Likely":
+        """Those above a probability."""
         table = found.cpu().numpy()
         most = table.shape[1] // 2
-        counts = (table[:, most:-1] > smallest).sum(-1).tolist()
         ids, masses = table[:, :most].astype(np.int64), table[:, most:-1]
-        whole = cls(
+        counts = (masses > smallest).sum(-1).tolist()
+        return cls(
             [row[:count].tolist() for row, count in zip(ids, counts, strict=True)],
             [row[:count].tolist() for row, count in zip(masses, counts, strict=True)],
             table[:, -1].tolist(),
         )
-        one = cls(whole.ids[:first], whole.masses[:first], whole.own[:first])
-        other = cls(whole.ids[first:], whole.masses[first:], whole.own[first:])
-        return one, other
 
 
 @dataclass(eq=False)

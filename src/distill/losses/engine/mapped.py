@@ -20,6 +20,8 @@ from distill.batch import Pairs
 from distill.losses.engine.divergence import LOG_FLOOR, KDLoss, divergence_rows_
 from distill.losses.engine.rows import Buffers, log_softmax_, softmax_into
 
+LEAST = 1e-30  # probability that counts as none: what nothing leads to is improbable, not impossible
+
 
 @dataclass(frozen=True, eq=False)
 class VocabularyMap:
@@ -158,7 +160,7 @@ def mapped_rows(
     own_R = None if ahead is None else ahead.class_R
     if len(tables.members_M):
         shares_RM = _pool(log_q_RS, q_RS, p_RS, tables, own_R)
-    log_p_RS = torch.log(p_RS, out=buffers.get(0, *p_RS.shape)).clamp_min_(LOG_FLOOR)
+    log_p_RS = torch.log(p_RS.clamp_min_(LEAST), out=buffers.get(0, *p_RS.shape))
     mixes = kd.effective in ("jsd", "skew_forward_kl", "skew_reverse_kl")
     mixture = torch.empty_like(p_RS) if mixes else None
     value_R, d_RS = divergence_rows_(kd, log_q_RS, log_p_RS, q_RS, p_RS, mixture, gradient)
@@ -184,16 +186,18 @@ def target_rows(
         teacher_RV.mul_(1 / temperature)
     softmax_into(teacher_RV, p_RV)
     p_RV.index_fill_(1, tables.nowhere_U, 0)
-    mapped_R = p_RV.sum(-1)
     p_RS = buffers.get(1, rows, tables.student_vocab).zero_().index_add_(1, tables.firsts_V, p_RV)
+    mapped_R = p_RS.sum(-1)
     if inside is not None:
         rows_E = inside.rows_I[inside.nth_E]
         p_E = conditioned(teacher_RV[rows_E, inside.teacher_E].to(p_RS.dtype), inside.nth_E, len(inside.rows_I))
         p_RS.index_fill_(0, inside.rows_I, 0).index_put_((rows_E, inside.student_E), p_E, accumulate=True)
         mapped_R.index_fill_(0, inside.rows_I, 1)
+    whole_R = mapped_R
     if ahead is not None:
         p_RS.index_put_((ahead.rows_H, ahead.student_H), ahead.mass_H.to(p_RS.dtype), accumulate=True).clamp_min_(0)
-    return p_RS.div_(p_RS.sum(-1, keepdim=True).clamp_min_(torch.finfo(p_RS.dtype).tiny)), mapped_R
+        whole_R = p_RS.sum(-1)
+    return p_RS.div_(whole_R[:, None].clamp_min(LEAST)), mapped_R
 
 
 def conditioned(logits_E: Tensor, nth_E: Tensor, count: int) -> Tensor:
@@ -205,27 +209,36 @@ def conditioned(logits_E: Tensor, nth_E: Tensor, count: int) -> Tensor:
 
 def _pool(log_q_RS: Tensor, q_RS: Tensor, p_RS: Tensor, tables: VocabularyMap, own_R: Tensor | None) -> Tensor:
     """Puts the mass of each class on its root, in place, and returns the student's shares within classes, (R, M)."""
-    rows, classes = len(q_RS), len(tables.roots_C)
-    of_RM = tables.class_M.expand(rows, -1)
-    log_RM, p_RM = log_q_RS.index_select(1, tables.members_M), p_RS.index_select(1, tables.members_M)
-    largest_RC = log_RM.new_full((rows, classes), -torch.inf).scatter_reduce_(1, of_RM, log_RM, "amax")
-    shares_RM = (log_RM - largest_RC.index_select(1, tables.class_M)).exp_()
-    sums_RC = shares_RM.new_zeros(rows, classes).index_add_(1, tables.class_M, shares_RM)
-    shares_RM.div_(sums_RC.index_select(1, tables.class_M))
-    log_RC = largest_RC.add_(sums_RC.log_())
-    p_RC = p_RM.new_zeros(rows, classes).index_add_(1, tables.class_M, p_RM)
+    rows, classes, members_M = len(q_RS), len(tables.roots_C), tables.members_M
+    q_RM, p_RM = q_RS.index_select(1, members_M), p_RS.index_select(1, members_M)
+    q_RC, p_RC = (x.new_zeros(rows, classes).index_add_(1, tables.class_M, x) for x in (q_RM, p_RM))
+    log_RC = q_RC.log()
+    if q_RC.device.type != "cpu" or bool(q_RC.amin() < LEAST):  # looking costs nothing there: nobody is waited for
+        shares_RM, log_RC = _sure_shares(log_q_RS.index_select(1, members_M), tables, classes)
+    else:
+        shares_RM = q_RM.div_(q_RC.index_select(1, tables.class_M))
     if own_R is None:
-        kept_log_RM, kept_p_RM = log_RM.fill_(LOG_FLOOR), p_RM.zero_()
+        log_q_RS.index_fill_(1, members_M, LOG_FLOOR)
+        q_RS.index_fill_(1, members_M, 0)
+        p_RS.index_fill_(1, members_M, 0)
     else:  # the class of each row that is not pooled
         apart_RM = tables.class_M == own_R[:, None]
         apart_RC = torch.arange(classes, device=own_R.device) == own_R[:, None]
-        log_RC = torch.where(apart_RC, log_q_RS.index_select(1, tables.roots_C), log_RC)
-        p_RC = torch.where(apart_RC, p_RS.index_select(1, tables.roots_C), p_RC)
-        kept_log_RM, kept_p_RM = log_RM.masked_fill_(~apart_RM, LOG_FLOOR), p_RM.masked_fill_(~apart_RM, 0)
-    log_q_RS.index_copy_(1, tables.members_M, kept_log_RM).index_copy_(1, tables.roots_C, log_RC)
-    q_RS.index_copy_(1, tables.members_M, kept_log_RM.exp_()).index_copy_(1, tables.roots_C, log_RC.exp())
-    p_RS.index_copy_(1, tables.members_M, kept_p_RM).index_copy_(1, tables.roots_C, p_RC)
+        for x_RS, x_RC, nothing in ((log_q_RS, log_RC, LOG_FLOOR), (q_RS, q_RC, 0.0), (p_RS, p_RC, 0.0)):
+            x_RC.copy_(torch.where(apart_RC, x_RS.index_select(1, tables.roots_C), x_RC))
+            x_RS.index_copy_(1, members_M, x_RS.index_select(1, members_M).masked_fill_(~apart_RM, nothing))
+    for x_RS, x_RC in ((log_q_RS, log_RC), (q_RS, q_RC), (p_RS, p_RC)):
+        x_RS.index_copy_(1, tables.roots_C, x_RC)
     return shares_RM
+
+
+def _sure_shares(log_RM: Tensor, tables: VocabularyMap, classes: int) -> tuple[Tensor, Tensor]:
+    """Shares within classes and logarithms of their masses, however small these are, (R, M) -> (R, M), (R, C)."""
+    largest_RC = log_RM.new_full((len(log_RM), classes), -torch.inf)
+    largest_RC.scatter_reduce_(1, tables.class_M.expand(len(log_RM), -1), log_RM, "amax")
+    shares_RM = log_RM.sub_(largest_RC.index_select(1, tables.class_M)).exp_()
+    sums_RC = torch.zeros_like(largest_RC).index_add_(1, tables.class_M, shares_RM)
+    return shares_RM.div_(sums_RC.index_select(1, tables.class_M)), largest_RC.add_(sums_RC.log_())
 
 
 def _part(d_RS: Tensor, shares_RM: Tensor, tables: VocabularyMap, own_R: Tensor | None) -> None:
