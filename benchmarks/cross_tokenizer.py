@@ -6,7 +6,7 @@ gives the weights, the training rows and their order; all arms of a seed have th
 own module, data and trainer. The rate is the best of a few for CE, of a seed of its own, and every arm has it. Every
 finished student is written at once and skipped next time.
 
-These are gaps after 80 steps of eight rows of at most 128 tokens of either side, of early training: directions, not
+These are gaps after 80 steps of four rows of at most 128 tokens of either side, of early training: directions, not
 sizes.
 
     python benchmarks/cross_tokenizer.py                    # both students, every arm, four seeds: 30 minutes
@@ -36,7 +36,7 @@ from distill.training.callbacks.curriculum import Curriculum
 from distill.training.trainer import DistillTrainer
 
 RESULTS = Path(__file__).parent / "results" / "cross_tokenizer.json"
-STEPS, ROWS, WARMUP, HELD_OUT = 80, 8, 8, 64
+STEPS, ROWS, WARMUP, HELD_OUT = 80, 4, 8, 64
 RATES, SWEEP_SEED = (4e-3, 8e-3), 1000
 LLAMA = {
     "model_type": "llama",
