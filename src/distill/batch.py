@@ -107,6 +107,11 @@ class Tokens:
         """States at the valid tokens, (B, L, D) -> (N, D)."""
         return states_BLD.flatten(0, 1).index_select(0, self.positions)
 
+    def laid(self, states_ND: Tensor) -> Tensor:
+        """States of the valid tokens at their places, (N, D) -> (B, L, D); 0 elsewhere."""
+        laid_TD = states_ND.new_zeros(self.input_ids.numel(), states_ND.shape[-1])
+        return laid_TD.index_copy(0, self.positions, states_ND).view(*self.input_ids.shape, -1)
+
     def to(self, device: torch.device | str, non_blocking: bool | None = None) -> "Tokens":
         """The same on another device; see `Batch.to`."""
         if non_blocking is None:
@@ -182,6 +187,12 @@ class Pairs:
     student_ids_E: Tensor
     spelling: Spelling
 
+    @cached_property
+    def taught_M(self) -> Tensor:
+        """Which of the N have a target, int64 [M]; the host knows, and nothing waits for a device."""
+        taught = np.flatnonzero(self.spelling.group_N >= 0)
+        return torch.from_numpy(taught).to(self.group_N.device, non_blocking=True)
+
     def to(self, device: torch.device | str, non_blocking: bool | None = None) -> "Pairs":
         """The same on another device; see `Batch.to`."""
         if non_blocking is None:
@@ -225,6 +236,34 @@ class Batch:
     def count(self, unit: str) -> int:
         """Units of a kind; the targets of `kd_loss` are all tokens unless the tokenizers differ."""
         return self.units["tokens" if unit == "targets" and unit not in self.units else unit]
+
+    @cached_property
+    def compared(self) -> Tokens:
+        """The student's tokens as if those alone were there whose states have one of the teacher's beside them.
+
+        That is the state of the teacher's last token that ends where the student's does, or before.
+        """
+        if self.pairs is None:
+            return self.student
+        positions_M = self.student.positions.index_select(0, self.pairs.taught_M)
+        mask_BL = torch.zeros_like(self.student.attention_mask)
+        mask_BL.view(-1).index_fill_(0, positions_M, 1)
+        return replace(self.student, positions=positions_M, attention_mask=mask_BL)
+
+    @cached_property
+    def theirs_M(self) -> Tensor:
+        """Flat indices b L' + t of the teacher's tokens beside the compared ones, int64 [M]."""
+        if self.pairs is None:
+            return self.student.positions
+        return self.pairs.teacher_N.index_select(0, self.pairs.taught_M)
+
+    def of_teacher(self, states_BLD: Tensor) -> Tensor:
+        """The teacher's states beside the compared tokens, (B, L', D) -> (M, D)."""
+        return states_BLD.flatten(0, 1).index_select(0, self.theirs_M)
+
+    def over_student(self, states_BLD: Tensor) -> Tensor:
+        """The teacher's states at the student's positions, (B, L', D) -> (B, L, D); 0 where none is compared."""
+        return states_BLD if self.pairs is None else self.compared.laid(self.of_teacher(states_BLD))
 
     def to(self, device: torch.device | str, non_blocking: bool | None = None) -> "Batch":
         """The same on another device.

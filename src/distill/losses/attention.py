@@ -118,13 +118,19 @@ class AttentionTransfer(OneLoss):
             batch: which both have read.
         """
         ours, theirs = (next(iter(side.attention.values())) for side in (student, teacher))
-        tokens = batch.student
+        tokens = batch.compared
         places = (tokens.document_BL, tokens.real_BL, tokens.query_BL)
         dtype = torch.promote_types(ours.query_BHLd.dtype, torch.float32)
         if self.form == "maps":
+            if batch.pairs is not None:
+                raise UserError(
+                    "model.attention.form: maps are of the same tokens on both sides, and the student has its own "
+                    "tokenizer; set relations"
+                )
             total = map_kl(_cast(ours, dtype), _cast(theirs, dtype), *places)
         else:
-            pairs = zip(_states(_cast(ours, dtype)), _states(_cast(theirs, dtype)), strict=True)
+            their_states = [batch.over_student(states) for states in _states(_cast(theirs, dtype))]
+            pairs = zip(_states(_cast(ours, dtype)), their_states, strict=True)
             total = torch.stack(
                 [relation_kl(one, other, *places, self.relation_heads, with_self=True) for one, other in pairs]
             ).mean()

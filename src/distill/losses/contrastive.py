@@ -183,12 +183,12 @@ class Contrastive(OneLoss, nn.Module):
             teacher: detached, with what `teacher_needs` says.
             batch: which both have read.
         """
-        tokens = batch.student
+        tokens = batch.compared
         position_S, taken_S = sample(tokens, self.tokens_per_row)
         (ours,), (theirs,) = self.student_needs.hidden, self.teacher_needs.hidden  # others' layers are there too
         states_SD, target_SD = (
             hidden_BLD.flatten(0, 1).index_select(0, position_S)
-            for hidden_BLD in (student.hidden[ours], teacher.hidden[theirs])
+            for hidden_BLD in (student.hidden[ours], batch.over_student(teacher.hidden[theirs]))
         )
         context_T = contexts(tokens.input_ids, tokens.position_ids).flatten()
         context_S = context_T.index_select(0, position_S).masked_fill(~taken_S, EMPTY)

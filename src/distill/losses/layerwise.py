@@ -149,11 +149,12 @@ class Layerwise(OneLoss, nn.Module):
             batch: which both have read.
         """
         assert self.pairs, "build() comes first"
-        counts_N = batch.student.query_N
+        tokens = batch.compared
+        counts_N = tokens.query_N
         values = []
         for index, (ours, theirs) in enumerate(self.pairs):
-            states_ND = batch.student.valid(student.hidden[ours])
-            target_ND = batch.student.valid(teacher.hidden[theirs].detach())
+            states_ND = tokens.valid(student.hidden[ours])
+            target_ND = batch.of_teacher(teacher.hidden[theirs].detach())
             if self.projections:
                 projected_ND = apply(self.projections[index], normalise(states_ND))
                 distance_N = DISTANCES[self.distance](projected_ND, target_ND)

@@ -42,8 +42,8 @@ from distill.teachers.experts import Capture, Routed, View
 from distill.teachers.find_experts import find_views
 
 UNIT = {
-    "routing_feature_matching_loss": "tokens",
-    "routing_expert_importance_loss": "tokens",
+    "routing_feature_matching_loss": "targets",
+    "routing_expert_importance_loss": "targets",
     "routing_load_balancing_loss": "micro_batches",
     "routing_attention_alignment_loss": "queries",
 }
@@ -203,7 +203,8 @@ class Routing(nn.Module):
     ) -> Measured:
         """The losses of `names`, at the number of experts that the curriculum says; statistics as `routing/NAME`."""
         states_BLD = [student.hidden[layer] for layer in self.student_layer_indices]
-        found = self(names, states_BLD, teacher.records, batch.student, state.top_k_experts)
+        theirs_N = None if batch.pairs is None else batch.theirs_M
+        found = self(names, states_BLD, teacher.records, batch.compared, state.top_k_experts, theirs_N)
         return Measured(found.sums, {f"routing/{name}": value for name, value in found.stats.items()})
 
     def forward(
@@ -213,6 +214,7 @@ class Routing(nn.Module):
         records: Mapping[int, Capture],
         tokens: Tokens,
         top_k_experts: int | None = None,
+        theirs_N: Tensor | None = None,
     ) -> Measured:
         """The requested components of one micro-batch.
 
@@ -222,6 +224,7 @@ class Routing(nn.Module):
             records: what the teacher's blocks did with the same tokens, by layer.
             tokens: of the batch.
             top_k_experts: experts per token, None for the native k.
+            theirs_N: the teacher's tokens beside the valid ones; None where both sides have the same.
 
         Raises:
             UserError: top_k_experts is not between 1 and E.
@@ -241,7 +244,8 @@ class Routing(nn.Module):
             if set(wanted) <= {BALANCE}:  # nothing else reads the teacher's experts
                 continue
             probe_NE = probe_logits[i] if IMPORTANCE in wanted else None
-            found = self._layer(i, wanted, states_BLD, states_ND, probe_NE, records[view.layer], tokens, k)
+            sides = (states_BLD, states_ND, probe_NE, records[view.layer], tokens)
+            found = self._layer(i, wanted, *sides, k, theirs_N)
             sums |= {component: sums[component] + value for component, value in found.sums.items()}
             stats.append(found.stats)
         if BALANCE in wanted:  # over all ranks, so every rank comes here, with tokens or without
@@ -263,6 +267,7 @@ class Routing(nn.Module):
         capture: Capture,
         tokens: Tokens,
         k: int,
+        theirs_N: Tensor | None,
     ) -> Measured:
         """What the experts of the i-th teacher layer add to the losses, without coefficients, and their statistics.
 
@@ -274,13 +279,14 @@ class Routing(nn.Module):
             capture: what the teacher's block did.
             tokens: of the batch.
             k: experts per token.
+            theirs_N: see `forward`.
         """
         positions_N = tokens.positions
-        if ALIGNMENT in wanted:  # its keys need not be valid tokens
+        if ALIGNMENT in wanted and theirs_N is None:  # its keys need not be valid tokens
             rows_R = torch.arange(states_BLD[..., 0].numel(), device=positions_N.device)
             states_RD, valid_N = states_BLD.flatten(0, 1), positions_N
         else:
-            rows_R, states_RD = positions_N, states_ND
+            rows_R, states_RD = positions_N if theirs_N is None else theirs_N, states_ND
             valid_N = torch.arange(len(positions_N), device=positions_N.device)
         mixture = ALIGNMENT in wanted or FEATURE in wanted
         project = FEATURE in wanted or (mixture and self.tau < math.inf)
@@ -300,7 +306,8 @@ class Routing(nn.Module):
             stats |= {"constant_gate_kl": constant, "probe_gain": gain}
         if ALIGNMENT in wanted:
             assert routed.mixture_ND is not None
-            mixture_BLD = normalise(routed.mixture_ND).view(*states_BLD.shape[:2], -1)
+            mixture_ND = normalise(routed.mixture_ND)
+            mixture_BLD = mixture_ND.view(*states_BLD.shape[:2], -1) if theirs_N is None else tokens.laid(mixture_ND)
             sums[ALIGNMENT] = attention_alignment(states_BLD, mixture_BLD, tokens)
         return Measured(sums, stats)
 

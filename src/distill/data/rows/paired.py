@@ -215,5 +215,9 @@ def paired_row(parts: Sequence[_Part], vocabularies: VocabularyPair) -> dict[str
         "teacher_ends": np.concatenate(teacher_ends).astype(np.int32),
         "unshared": sum(not part.document.is_shared and part.ours.start == 0 for part in parts),
     }
-    place, inside = meet(row, np.flatnonzero(row["labels"][1:] != IGNORE), vocabularies)
-    return row | {"targets": int((place >= 0).sum()), "inside": int((inside > 0).sum())}
+    positions = np.flatnonzero(row["labels"][1:] != IGNORE)
+    place, inside = meet(row, positions, vocabularies)
+    begins_L = np.zeros(len(row["labels"]), dtype=bool)
+    begins_L[np.cumsum(row["document_lengths"])[:-1]] = begins_L[0] = True
+    queries = int(((place >= 0) & ~begins_L[positions]).sum())  # the others have no state of the teacher's beside them
+    return row | {"targets": int((place >= 0).sum()), "inside": int((inside > 0).sum()), "queries": queries}
