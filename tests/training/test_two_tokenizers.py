@@ -9,6 +9,7 @@ import torch
 
 from distill.checkpoints.students import load_student
 from distill.errors import UserError
+from helpers.two_ranks import assert_same, fit
 from helpers.two_tokenizers import pair_config, write_pair
 
 
@@ -81,6 +82,29 @@ def test_a_split_over_micro_batches_has_the_same_gradients(distill, config):
     torch.testing.assert_close(chunked, whole, rtol=1e-4, atol=1e-5)
 
 
+def test_every_loss_on_layers_runs_and_splits(distill, config):
+    config["model"] |= {
+        "routing": {"teacher_layers": 1, "num_experts": 4},
+        "attention": {},
+        "layerwise": {},
+        "contrastive": {"queue_size": 0},
+    }
+    config["curriculum"] = {"feature": 0.1, "attention": 0.1, "layerwise": 0.1, "contrastive": 0.0}
+    config["trainer"] |= {"max_steps": 3, "num_sanity_val_steps": 0}
+    config["model"]["routing"]["losses"] = {  # load balancing is a statistic of a micro-batch
+        "feature_matching_loss": 1.0,
+        "expert_importance_loss": 1.0,
+        "attention_alignment_loss": 1.0,
+    }
+    whole = distill("fit", config)
+    config["data"]["per_device_batch_size"] = 2
+    split = distill("fit", config, "--trainer.accumulate_grad_batches=2")
+    torch.testing.assert_close(weights(split), weights(whole), rtol=1e-3, atol=1e-5)
+    (row,) = validations(whole)
+    assert 0.2 < float(row["val/layerwise_loss"]) < 3
+    assert float(row["val/attention_loss"]) > 0
+
+
 def test_a_resumed_run_equals_the_unbroken_one(distill, config):
     config["trainer"] |= {"num_sanity_val_steps": 0, "max_steps": 8}
     every = {"monitor": None, "every_n_train_steps": 3, "save_top_k": -1, "filename": "at-{step}"}
@@ -98,3 +122,14 @@ def test_streams_of_both_sides(distill, config):
     cli = distill("fit", config)
     first, *_, last = validations(cli)
     assert float(last["val/kl_div_T1"]) < float(first["val/kl_div_T1"])
+
+
+def test_two_ranks_equal_one_process(config, tmp_path):
+    config["model"] |= {"layerwise": {}, "attention": {}, "lm_loss": False}  # so that targets look ahead
+    config["curriculum"] = {"layerwise": 0.1, "attention": 0.1}
+    config["trainer"] |= {"max_steps": 20, "val_check_interval": 10, "num_sanity_val_steps": 0}
+    one = fit(config, tmp_path / "one")
+    config["data"]["per_device_batch_size"] = 2
+    for strategy in ("ddp", "fsdp2"):
+        flags = ("--trainer.strategy", strategy, "--trainer.devices", "2")
+        assert_same(one, fit(config, tmp_path / strategy, *flags))

@@ -258,17 +258,9 @@ class Routing(nn.Module):
         )
 
     def _layer(
-        self,
-        i: int,
-        wanted: list[str],
-        states_BLD: Tensor,
-        states_ND: Tensor,
-        probe_NE: Tensor | None,
-        capture: Capture,
-        tokens: Tokens,
-        k: int,
-        theirs_N: Tensor | None,
-    ) -> Measured:
+        self, i: int, wanted: list[str], states_BLD: Tensor, states_ND: Tensor, probe_NE: Tensor | None,
+        capture: Capture, tokens: Tokens, k: int, theirs_N: Tensor | None,
+    ) -> Measured:  # fmt: skip
         """What the experts of the i-th teacher layer add to the losses, without coefficients, and their statistics.
 
         Args:
@@ -312,15 +304,9 @@ class Routing(nn.Module):
         return Measured(sums, stats)
 
     def _route(
-        self,
-        view: View,
-        capture: Capture,
-        rows_R: Tensor,
-        valid_N: Tensor,
-        projected_RD: Tensor | None,
-        k: int,
+        self, view: View, capture: Capture, rows_R: Tensor, valid_N: Tensor, projected_RD: Tensor | None, k: int,
         mixture: bool,
-    ) -> Routed:
+    ) -> Routed:  # fmt: skip
         """Routing of rows R of the batch, `valid_N` of which are valid tokens: the teacher's own, or student-aware."""
         with torch.autocast(rows_R.device.type, enabled=False):  # as in the teacher's own forward pass
             if self.tau == math.inf or projected_RD is None:
