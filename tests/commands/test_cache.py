@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,10 +18,13 @@ import yaml
 from conftest import small_config, text_of_stdlib
 from distill.commands import cache
 from distill.commands.fit import run
+from distill.curriculum import Schedules
 from distill.errors import UserError
+from distill.models.fsdp2 import FSDP2
 from distill.teachers import cache_files
 from distill.teachers.cache_files import read_manifest
 from distill.training import cache_build
+from distill.training.cache_request import Request
 from helpers import two_ranks
 from helpers.killed import contents, killed_at_file
 
@@ -270,6 +274,12 @@ def test_what_cannot_be_built_is_refused(distill, config, flags, message):
     with pytest.raises(UserError, match=message):
         distill("cache", config, *(() if "--output" in flags else ("--output", "cache")), *flags)
     assert not Path("cache").exists()
+
+
+def test_a_sharded_teacher_is_refused():
+    trainer = SimpleNamespace(strategy=FSDP2())
+    with pytest.raises(UserError, match=r"^trainer.strategy: a sharded teacher cannot be cached yet; use ddp, or .*$"):
+        cache_build.CacheBuilder(Request("cache"), None, trainer, None, Schedules(), print)
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(distill, config, monkeypatch):
