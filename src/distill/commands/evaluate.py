@@ -33,6 +33,15 @@ ROWS = {
     "tokens_per_s": ("tokens per second", ",.0f"),
 }
 ON_EACH_SET = ("perplexity", "kl_div_T1", "top1_agreement", "acceptance")  # rows of the table for sets after the first
+GAPS = {
+    "nll": "NLL gap student closes (%)",
+    "bits_per_byte": "bits per byte student closes (%)",
+    "kl_div_T1": "KL student closes (%)",
+}
+ACROSS = (
+    "\nTeacher and student have different tokenizers: figures per token are of each one's own, bits per byte compare, "
+    "and the KL is between classes of the student's ids, over the tokens for which the teacher says something."
+)
 NOTES = (
     "KL, agreements and entropy gap are to the teacher. Retention is the teacher's perplexity in percent of the "
     "model's. Tokens per second are the decoder's on these batches."
@@ -71,9 +80,10 @@ def evaluate(
         allow_pickle: accept `pytorch_model.bin`.
 
     Returns:
-        `measured_on` (student, teacher, dataset, rows, tokens, sequence_length, precision, device), `models` (name ->
-        figures, see `distill.evaluation.measure.figures`), `gap_closed_percent` (baseline -> nll and kl_div_T1: how
-        much of its distance to the teacher the student covers), `sets` where `data.validation` names some (name ->
+        `measured_on` (student, teacher, dataset, rows, tokens, sequence_length, precision, device, and tokenizers, the
+        ids of each side, where there are two), `models` (name -> figures, see `distill.evaluation.measure.figures`),
+        `gap_closed_percent` (baseline -> nll, or bits_per_byte across tokenizers, and kl_div_T1: how much of its
+        distance to the teacher the student covers), `sets` where `data.validation` names some (name ->
         rows, tokens and models; those above are the first one's), `tasks` (task -> model -> metric -> value),
         `peak_memory_MB` of the process, or of the device where there is one.
 
@@ -97,17 +107,19 @@ def evaluate(
     students = {"student": pair.student} | _baselines(pair, baselines or {}, options)
     rows = _rows(pair, students, text, data)
     sets = _on_each_set(pair, students, rows)
-    found = next(iter(sets.values()))["models"]
+    found, across = next(iter(sets.values()))["models"], pair.tokenizers.vocabularies is not None
     report: dict[str, Any] = {
         "measured_on": {"student": student, "teacher": pair.teacher_source, **_measured_on(pair, rows, text)},
         "models": found,
-        "gap_closed_percent": {key: _closed(found[key], found["student"], found[TEACHER]) for key in baselines or {}},
+        "gap_closed_percent": {
+            name: _closed(found[name], found["student"], found[TEACHER], across) for name in baselines or {}
+        },
     }
     if "" not in sets:
         report["sets"] = sets
     if names:
         every = {TEACHER: pair.teacher.model} | {name: other.model for name, other in students.items()}
-        tokenizers = {TEACHER: pair.tokenizer} | {name: other.tokenizer for name, other in students.items()}
+        tokenizers = {TEACHER: pair.tokenizers.teacher} | {name: other.tokenizer for name, other in students.items()}
         report["tasks"] = run_tasks(manager, every, tokenizers, names, limit, rows.per_device_batch_size)
     report["peak_memory_MB"] = peak_memory(pair.fabric.device) / 1e6
     return report
@@ -143,32 +155,44 @@ def _on_each_set(
     sets = {}
     for name, loader in by_name(rows.val_dataloader()).items():
         there, batches = rows.held_out[name], tracked(loader, f"Evaluating {name}".strip())
-        figures = measure(models, pair.teacher, batches, pair.fabric, chunk_size)
+        figures = measure(models, pair.teacher, batches, pair.fabric, chunk_size, pair.tokenizers.vocabularies)
         sets[name] = {"rows": len(there), "tokens": int(there.units_R["tokens"].sum()), "models": figures}
     return sets
 
 
 def _closed(
-    baseline: Mapping[str, Any], student: Mapping[str, Any], teacher: Mapping[str, Any]
+    baseline: Mapping[str, Any], student: Mapping[str, Any], teacher: Mapping[str, Any], across: bool
 ) -> dict[str, float | None]:
-    """How much of a baseline's distance to the teacher the student covers, in percent."""
+    """How much of a baseline's distance to the teacher the student covers, in percent.
+
+    Args:
+        baseline, student, teacher: their figures.
+        across: whether tokenizers differ, so that bits per byte alone compare.
+    """
     from distill.evaluation.measure import gap_closed_percent
 
-    goals = (("nll", teacher["nll"]), ("kl_div_T1", 0.0))
-    return {key: gap_closed_percent(baseline[key], student[key], goal) for key, goal in goals}
+    per = "bits_per_byte" if across else "nll"
+    goals = {key: teacher[key] for key in (per,) if key in teacher} | {"kl_div_T1": 0.0}
+    return {key: gap_closed_percent(baseline[key], student[key], goal) for key, goal in goals.items()}
 
 
 def _baselines(pair: "Pair", sources: Mapping[str, str], options: dict[str, bool]) -> dict[str, "Student"]:
     """Name -> each further student, on the pair's device."""
     from distill.commands.pair import load_other
     from distill.models.load import check_vocabularies
+    from distill.vocabularies.relation import relation
 
     found = {}
     for name, source in sources.items():
         if name in ("teacher", "student"):
             raise UserError(f"--baseline: {name!r} is taken; give it another name")
         found[name] = load_other(source, pair.precision, key=f"--baseline {name}", **options)
-        check_vocabularies(pair.tokenizer, found[name].tokenizer, f"--baseline {name}")
+        if pair.tokenizers.vocabularies is None:
+            check_vocabularies(pair.tokenizers.teacher, found[name].tokenizer, f"--baseline {name}")
+        elif relation(pair.tokenizers.student, found[name].tokenizer) == "different":
+            raise UserError(
+                f"--baseline {name}: its tokenizer is another than the student's; evaluate it by itself, as the student"
+            )
         pair.fabric.to_device(found[name].model)
     return found
 
@@ -176,7 +200,9 @@ def _baselines(pair: "Pair", sources: Mapping[str, str], options: dict[str, bool
 def _measured_on(pair: "Pair", rows: "DistillationDataModule", text: str | None) -> dict[str, Any]:
     """Rows, precision and device of an evaluation."""
     counts = rows.validation_rows
-    return {
+    both = pair.tokenizers
+    ids = {} if both.vocabularies is None else {"teacher": len(both.teacher), "student": len(both.student)}
+    return ({"tokenizers": ids} if ids else {}) | {
         "dataset": text or rows.dataset,
         "rows": len(counts) if counts is not None else None,
         "tokens": int(counts.units_R["tokens"].sum()) if counts is not None else None,
@@ -218,7 +244,7 @@ def print_report(report: Mapping[str, Any]) -> None:
         if any(value is not None for value in values):
             table.add_row(title, *("" if value is None else format(value, form) for value in values))
     gaps = report["gap_closed_percent"]
-    for key, title in (("nll", "NLL gap student closes (%)"), ("kl_div_T1", "KL student closes (%)")):
+    for key, title in GAPS.items():
         values = [gaps.get(name, {}).get(key) for name in names]
         if any(value is not None for value in values):
             table.add_row(title, *("" if value is None else f"{value:.1f}" for value in values))
@@ -234,7 +260,8 @@ def print_report(report: Mapping[str, Any]) -> None:
     console.print(
         f"{on['student']} against {on['teacher']} on {on['dataset']}: {on['rows']} rows of at most "
         f"{on['sequence_length']} tokens, {on['tokens']:,} targets, batches of {on['batch_size']}, {on['precision']} "
-        f"on {on['device']}; peak memory {report['peak_memory_MB']:,.0f} MB with all models loaded.\n{NOTES}",
+        f"on {on['device']}; peak memory {report['peak_memory_MB']:,.0f} MB with all models loaded.\n{NOTES}"
+        f"{ACROSS if 'tokenizers' in on else ''}",
         soft_wrap=True,
         highlight=False,
         markup=False,

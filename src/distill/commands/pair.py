@@ -17,6 +17,7 @@ from jsonargparse import ArgumentParser
 from distill.checkpoints.students import Student, is_checkpoint, load_student
 from distill.commands.parser import shorten, told
 from distill.data.datamodule import DistillationDataModule
+from distill.data.tokenizers import Tokenizers, tokenizers_of
 from distill.errors import UserError
 from distill.models import load
 from distill.models.precision import check_experts, student_dtype, teacher_dtype
@@ -32,7 +33,7 @@ class Pair:
         student: what was trained.
         teacher: frozen.
         teacher_source: what it was loaded from.
-        tokenizer: the teacher's, or the one that the run's data name.
+        tokenizers: the teacher's and, where that is another, the student's.
         config: of the run, empty where the student is no checkpoint.
         fabric: device, and autocast of the precision.
         precision: Lightning's name of it.
@@ -41,7 +42,7 @@ class Pair:
     student: Student
     teacher: OnlineTeacher
     teacher_source: str
-    tokenizer: Any
+    tokenizers: Tokenizers
     config: Mapping[str, Any]
     fabric: L.Fabric
     precision: str
@@ -75,7 +76,7 @@ def load_pair(
         allow_pickle: accept `pytorch_model.bin`.
 
     Raises:
-        UserError: a model that cannot be had, no teacher, or tokenizers whose ids mean different tokens.
+        UserError: a model that cannot be had, no teacher, or two tokenizers that cannot be compared.
     """
     config = run_config(student)
     ran = config.get("model", {})
@@ -102,10 +103,10 @@ def load_pair(
         quantize(frozen.model)
     remote = {"trust_remote_code": options["trust_remote_code"]}
     tokenizer = load.load_tokenizer(source, key="--teacher", **remote)
-    load.check_vocabularies(tokenizer, loaded.tokenizer, "student")
+    tokenizers = tokenizers_of(tokenizer, loaded.tokenizer)
     frozen.to(fabric.device)
     loaded.model.to(fabric.device)
-    return Pair(loaded, frozen, source, tokenizer, config, fabric, precision)
+    return Pair(loaded, frozen, source, tokenizers, config, fabric, precision)
 
 
 def load_other(source: str, precision: str, key: str = "student", **options: Any) -> Student:
@@ -149,6 +150,8 @@ def validation_data(
         data: DistillationDataModule = parser.instantiate_classes(config).data
     except Exception as error:
         raise told(error) or UserError(f"--data: {shorten(str(error))}") from error
+    if pair.tokenizers.vocabularies is not None:
+        data.student_tokenizer = pair.tokenizers.student
     data.prepare_data()
     data.setup("validate")
     return data

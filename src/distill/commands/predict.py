@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from distill.commands.pair import Pair
 
 
+Ids = dict[str, list[int]]  # teacher and student -> a prompt's
+
+
 @dataclass(frozen=True)
 class Continuation:
     """A prompt and what follows.
@@ -90,53 +93,64 @@ def predict(
     return _continue(pair, tasks, max_new_tokens, temperature, seed)
 
 
+def _tokenizers(pair: "Pair") -> dict[str, Any]:
+    """What each side reads prompts with."""
+    if pair.tokenizers.vocabularies is not None:
+        return {"teacher": pair.tokenizers.teacher, "student": pair.tokenizers.student}
+    own = pair.student.tokenizer.chat_template is not None  # the same ids, and the template of its training
+    return dict.fromkeys(("teacher", "student"), pair.student.tokenizer if own else pair.tokenizers.teacher)
+
+
 def _asked(
     pair: "Pair", prompts: Iterable[str], chat: bool | None, data: Mapping[str, Any] | None
-) -> list[tuple[str, list[int], str]]:
+) -> list[tuple[str, Ids, str]]:
     """Each prompt, its ids, in the chat template where that is wanted, and no text that goes on."""
-    tokenizer = pair.tokenizer
-    if pair.student.tokenizer.chat_template is not None:
-        tokenizer = pair.student.tokenizer  # the same ids, and the template of its training
-    if chat and tokenizer.chat_template is None:
-        raise UserError(f"--chat: the tokenizer of {pair.teacher_source!r} has no chat template; leave it out")
-    tasks: list[tuple[str, list[int], str]] = []
+    sides = _tokenizers(pair)
+    templates = {name: tokenizer.chat_template for name, tokenizer in sides.items()}
+    if chat and (lacking := [name for name, template in templates.items() if template is None]):
+        source = pair.teacher_source if "teacher" in lacking else "the student"
+        raise UserError(f"--chat: the tokenizer of {source!r} has no chat template; leave it out")
+    options = {**pair.config.get("data", {}), **(data or {})}.get("chat_template_kwargs") or {}
+    tasks: list[tuple[str, Ids, str]] = []
     for prompt in prompts:
-        if tokenizer.chat_template is not None and chat is not False:
-            said = [{"role": "user", "content": prompt}]
-            template = {**pair.config.get("data", {}), **(data or {})}.get("chat_template_kwargs") or {}
-            asked = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=True, **template)
-            ids = asked["input_ids"]
-        else:
-            ids = tokenizer(prompt)["input_ids"]
-        tasks.append((prompt, list(ids), ""))
+        ids: Ids = {}
+        for name, tokenizer in sides.items():
+            if templates[name] is not None and chat is not False:
+                said = [{"role": "user", "content": prompt}]
+                asked = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=True, **options)
+                ids[name] = list(asked["input_ids"])
+            else:
+                ids[name] = list(tokenizer(prompt)["input_ids"])
+        tasks.append((prompt, ids, ""))
     return tasks
 
 
 def _begun(
     pair: "Pair", text: str | None, data: Mapping[str, Any] | None, rows: int, prompt_tokens: int, new_tokens: int
-) -> list[tuple[str, list[int], str]]:
-    """The beginnings of validation rows as prompts, their ids, and how the text goes on."""
+) -> list[tuple[str, Ids, str]]:
+    """The beginnings of validation rows as prompts, their ids, and how the text goes on; tokens are the student's."""
     from distill.commands.pair import validation_data
 
-    tokenizer, tasks = pair.tokenizer, []
+    tokenizers, tasks = pair.tokenizers, []
     found = validation_data(pair, text, data).validation_rows
     assert found is not None
     for index in range(min(rows, len(found))):
         row = found[index]
         ids = row["input_ids"][: row["document_lengths"][0]].tolist()  # no prompt across documents
         cut = min(prompt_tokens, max(1, len(ids) - 1))
-        decoded = [tokenizer.decode(part) for part in (ids[:cut], ids[cut : cut + new_tokens])]
-        tasks.append((decoded[0], ids[:cut], decoded[1]))
+        decoded = [tokenizers.student.decode(part) for part in (ids[:cut], ids[cut : cut + new_tokens])]
+        theirs = ids[:cut] if tokenizers.vocabularies is None else list(tokenizers.teacher(decoded[0])["input_ids"])
+        tasks.append((decoded[0], {"teacher": theirs, "student": ids[:cut]}, decoded[1]))
     return tasks
 
 
 def _continue(
-    pair: "Pair", tasks: list[tuple[str, list[int], str]], max_new_tokens: int, temperature: float, seed: int
+    pair: "Pair", tasks: list[tuple[str, Ids, str]], max_new_tokens: int, temperature: float, seed: int
 ) -> Iterable[Continuation]:
     import torch
     from transformers import GenerationConfig
 
-    tokenizer = pair.tokenizer
+    tokenizers = {"teacher": pair.tokenizers.teacher, "student": pair.tokenizers.student}
     drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
     sides: dict[str, Any] = {"teacher": pair.teacher.model, "student": pair.student.model}
     stops = {name: model.generation_config.eos_token_id for name, model in sides.items()}
@@ -144,9 +158,9 @@ def _continue(
         model.generation_config = GenerationConfig()
     for prompt, ids, text in tasks:
         said = {}
-        input_ids_1L = torch.tensor([ids], device=pair.fabric.device)
         for name, model in sides.items():
-            stop = stops[name]  # chat models name more than the tokenizer does
+            tokenizer, stop = tokenizers[name], stops[name]  # chat models name more than the tokenizer does
+            input_ids_1L = torch.tensor([ids[name]], device=pair.fabric.device)
             settings = GenerationConfig(
                 max_new_tokens=max_new_tokens,
                 eos_token_id=tokenizer.eos_token_id if stop is None else stop,
@@ -158,7 +172,7 @@ def _continue(
                 out_1L = model.generate(
                     input_ids_1L, attention_mask=torch.ones_like(input_ids_1L), generation_config=settings
                 )
-            said[name] = tokenizer.decode(out_1L[0, len(ids) :], skip_special_tokens=True)
+            said[name] = tokenizer.decode(out_1L[0, len(ids[name]) :], skip_special_tokens=True)
         yield Continuation(prompt, said["teacher"], said["student"], text)
 
 

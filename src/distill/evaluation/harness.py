@@ -94,7 +94,7 @@ class Harness(Callback):
             student = self._scores(trainer, module.student)
             if self.teacher is None:
                 meta = module.teacher.model.device.type == "meta"  # a source without weights
-                self.teacher = {} if meta else self._scores(trainer, module.teacher.model)
+                self.teacher = {} if meta else self._scores(trainer, module.teacher.model, of_teacher=True)
         figures = {}
         for task, scores in student.items():
             for name, value in scores.items():
@@ -108,13 +108,15 @@ class Harness(Callback):
                     figures[f"tasks/{task}/{metric}_retention_percent{comma}{selection}"] = 100 * value / goal
         return trainer.strategy.broadcast(figures)
 
-    def _scores(self, trainer: L.Trainer, model: PreTrainedModel) -> Scores:
-        """A model's results on every task."""
+    def _scores(self, trainer: L.Trainer, model: PreTrainedModel, of_teacher: bool = False) -> Scores:
+        """A model's results on every task, with its side's tokenizer."""
         data: Any = getattr(trainer, "datamodule", None)
         if getattr(data, "tokenizer", None) is None:
             raise UserError("harness.tasks: need a datamodule with a tokenizer; give a DistillationDataModule")
         random.seed(SEED), np.random.seed(SEED), torch.manual_seed(SEED)
-        tokenizers = {"model": copy.deepcopy(data.tokenizer)}  # the harness gives it a token that pads
+        own = getattr(data, "tokenizers", None)
+        tokenizer = own.teacher if of_teacher and own is not None else data.tokenizer
+        tokenizers = {"model": copy.deepcopy(tokenizer)}  # the harness gives it a token that pads
         rows = data.per_device_batch_size
         found = run_tasks(self.manager, {"model": model}, tokenizers, self.tasks, self.limit, rows)
         return {task: by_model["model"] for task, by_model in found.items()}

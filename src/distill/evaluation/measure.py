@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distill.batch import Batch
-from distill.losses.engine.loss import distillation_loss
+from distill.batch import Batch, Tokens
+from distill.losses.engine.loss import distillation_loss, with_classes
+from distill.losses.engine.mapped import VocabularyMap, vocabulary_map
 from distill.losses.engine.metrics import DistillationMetrics
 from distill.models.head import LMHead, lm_head_of
 from distill.models.trace import decode
+from distill.teachers.mapped import MappedTargets
 from distill.teachers.online import OnlineTeacher
 from distill.teachers.targets import DenseTargets
+from distill.vocabularies.pair import VocabularyPair
 
 TEACHER = "teacher"
 
@@ -38,16 +41,17 @@ class Sums:
 @torch.inference_mode()
 def measure(
     students: Mapping[str, PreTrainedModel], teacher: OnlineTeacher, batches: Iterable[Batch],
-    fabric: L.Fabric, chunk_size: int | None = None,
+    fabric: L.Fabric, chunk_size: int | None = None, vocabularies: VocabularyPair | None = None,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
     """Every model's figures on the same tokens.
 
     Args:
-        students: name -> model in eval mode, on the fabric's device, with the teacher's tokens.
+        students: name -> model in eval mode, on the fabric's device, all with the same tokens.
         teacher: on the same device.
         batches: what the datamodule's loader yields.
         fabric: device and autocast.
         chunk_size: tokens whose logits exist at one time; None = by a byte budget.
+        vocabularies: of teacher and students; None where they have the same tokens.
 
     Returns:
         `teacher` and every name -> figures; see `figures`.
@@ -56,27 +60,50 @@ def measure(
     sums |= {name: Sums(model, lm_head_of(model)) for name, model in students.items()}
     for one in sums.values():
         one.metrics.to(fabric.device)
+    tables = None if vocabularies is None else _tables(vocabularies, sums).to(fabric.device)
+    compares = True  # whether bits per byte of teacher and students are of the same text
     for index, host_batch in enumerate(batches):
         batch = fabric.to_device(host_batch)
-        targets: DenseTargets | None = None
+        targets: DenseTargets | MappedTargets | None = None
         for name, one in sums.items():
+            tokens, text_bytes = batch.teacher if name == TEACHER else batch.student, batch.bytes
             with fabric.autocast():
                 if index == 0:
                     _decode(name, one, teacher, batch)  # warms up
                 before = _now(fabric)
                 hidden_BLD = _decode(name, one, teacher, batch)
                 one.seconds += _now(fabric) - before
-                one.tokens += batch.student.input_ids.numel()
-                hidden_ND = batch.student.valid(hidden_BLD)
-                stats = distillation_loss(
-                    hidden_ND, one.head, batch.student.labels_N, targets, chunk_size=chunk_size, metrics=True
-                ).stats
-            assert stats is not None
-            one.metrics.update(stats, batch.bytes)
-            if name == TEACHER:
-                targets = DenseTargets(hidden_ND, one.head)
+                one.tokens += tokens.input_ids.numel()
+                side = (tokens.valid(hidden_BLD), one.head, tokens.labels_N)
+                whole = targets if isinstance(targets, DenseTargets) else None
+                stats = distillation_loss(*side, whole, chunk_size=chunk_size, metrics=True).stats
+                assert stats is not None
+                if isinstance(targets, MappedTargets):
+                    stats = with_classes(stats, *side, targets, targets.pairs.group_N >= 0, chunk_size)
+            if name == TEACHER and vocabularies is not None and tables is not None and batch.pairs is not None:
+                states_ND = hidden_BLD.flatten(0, 1).index_select(0, batch.pairs.teacher_N)
+                targets = MappedTargets(states_ND, one.head, tables, batch.pairs)
+                text_bytes = int(vocabularies.teacher.lengths[tokens.labels_N.cpu()].sum())
+                compares &= _learns_all(batch.student)
+            elif name == TEACHER:
+                targets = DenseTargets(side[0], one.head)
+            one.metrics.update(stats, text_bytes)
     found = {name: {key: float(value) for key, value in one.metrics.compute().items()} for name, one in sums.items()}
+    if not compares:
+        found[TEACHER].pop("bits_per_byte", None)
     return {name: figures(one, found[name], found[TEACHER]) for name, one in sums.items()}
+
+
+def _tables(vocabularies: VocabularyPair, sums: Mapping[str, Sums]) -> VocabularyMap:
+    """Where the teacher's ids lead to among those of all students' heads."""
+    ids = min(one.head.vocab_size for name, one in sums.items() if name != TEACHER)
+    return vocabulary_map(vocabularies.firsts, vocabularies.classes, sums[TEACHER].head.vocab_size, ids)
+
+
+def _learns_all(tokens: Tokens) -> bool:
+    """Whether every token but the first of a document is a target, as in plain text."""
+    begins_BL = (tokens.position_ids == 0) & tokens.real_BL
+    return len(tokens.positions) == int(tokens.real_BL.sum() - begins_BL.sum())
 
 
 def _decode(name: str, one: Sums, teacher: OnlineTeacher, batch: Batch) -> Tensor:

@@ -7,7 +7,7 @@ Shapes: B rows, L positions, N valid tokens, D width.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,10 +19,9 @@ from distill.breakdown import LossBreakdown
 from distill.curriculum import WEIGHT_KEY, CurriculumState
 from distill.losses.component import Component
 from distill.losses.engine.divergence import KDLoss
-from distill.losses.engine.loss import distillation_loss
+from distill.losses.engine.loss import distillation_loss, with_classes
 from distill.losses.engine.metrics import TokenStats
-from distill.losses.engine.targets import Targets
-from distill.models.head import LMHead, lm_head_of
+from distill.models.head import lm_head_of
 from distill.models.trace import Trace, merged, trace
 from distill.teachers.source import TargetSource, Taught
 
@@ -131,21 +130,10 @@ def _over_vocabulary(
     if metrics and token_stats is None:  # of the teacher's whole distribution, whatever the loss learns from
         token_stats = distillation_loss(*student_side, whole, chunk_size=options["chunk_size"], metrics=True).stats
     if token_stats is not None and classes is not None:
-        token_stats = _with_classes(token_stats, student_side, classes, batch, options["chunk_size"])
+        assert batch.pairs is not None
+        token_stats = with_classes(token_stats, *student_side, classes, batch.pairs.group_N >= 0, options["chunk_size"])
     raw = {name: value * factors[name] for name, value in sums.items() if value is not None}
     return _Parts(engine.loss, raw, token_stats)
-
-
-def _with_classes(
-    stats: TokenStats, student_side: tuple[Tensor, LMHead, Tensor], classes: Targets, batch: Batch,
-    chunk_size: int | None,
-) -> TokenStats:  # fmt: skip
-    """The statistics with the KL between classes at T = 1, over the tokens that have a target."""
-    assert batch.pairs is not None
-    engine = distillation_loss(*student_side, classes, kd=KDLoss(), kd_weight=0.0, chunk_size=chunk_size)
-    assert engine.kd_sum is not None
-    counted = (batch.pairs.group_N >= 0).sum(dtype=torch.float64)
-    return replace(stats, class_kl=engine.kd_sum.double(), targets=counted)
 
 
 def _add_component(

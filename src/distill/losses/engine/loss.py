@@ -11,7 +11,7 @@ student.
 Shapes: N tokens, D hidden width, V student vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -105,6 +105,25 @@ def distillation_loss(
     if any(needs):
         loss = _WithGradients.apply(loss, gradients, *inputs)
     return EngineOutput(loss, kd_sum, lm_sum, stats)
+
+
+def with_classes(
+    stats: TokenStats, student_hidden_ND: Tensor, student_head: LMHead, labels_N: Tensor, classes: Targets,
+    taught_N: Tensor, chunk_size: int | None = None,
+) -> TokenStats:  # fmt: skip
+    """Statistics with the KL at T = 1 to a teacher that has another tokenizer.
+
+    Args:
+        stats: of the same tokens.
+        student_hidden_ND, student_head, labels_N, chunk_size: as in `distillation_loss`.
+        classes: targets of which a token without any counts as zero.
+        taught_N: bool, which tokens have one.
+    """
+    engine = distillation_loss(
+        student_hidden_ND, student_head, labels_N, classes, kd=KDLoss(), kd_weight=0.0, chunk_size=chunk_size
+    )
+    assert engine.kd_sum is not None
+    return replace(stats, class_kl=engine.kd_sum.double(), targets=taught_N.sum(dtype=torch.float64))
 
 
 class _WithGradients(torch.autograd.Function):
