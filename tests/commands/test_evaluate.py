@@ -191,7 +191,7 @@ def test_local_tasks(run, tmp_path):
     accuracy = json.loads(shown.stdout)["tasks"][local_task.NAME]
     assert set(accuracy) == {"teacher", "student"}
     pair = load_pair(run[0])
-    assert accuracy["student"]["acc"] == pytest.approx(local_task.accuracy(pair.student.model, pair.tokenizer))
+    assert accuracy["student"]["acc"] == pytest.approx(local_task.accuracy(pair.student.model, pair.tokenizers.teacher))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # theirs
         with pytest.raises(UserError, match=r"'local_chice' is no task; did you mean 'local_choice'\?"):

@@ -38,9 +38,9 @@ def test_prompts_are_continued_greedily_by_both(run):
     said = list(predict(run, ["for name in", "import"], max_new_tokens=6))
     assert [one.prompt for one in said] == ["for name in", "import"]
     for one in said:
-        ids = pair.tokenizer(one.prompt)["input_ids"]
+        ids = pair.tokenizers.teacher(one.prompt)["input_ids"]
         for text, model in ((one.teacher, pair.teacher.model), (one.student, pair.student.model)):
-            assert text == pair.tokenizer.decode(greedy(model, ids, 6), skip_special_tokens=True)
+            assert text == pair.tokenizers.teacher.decode(greedy(model, ids, 6), skip_special_tokens=True)
         assert one.text == ""
 
 
@@ -51,10 +51,10 @@ def test_rows_come_with_what_follows_in_the_data(run):
     assert len(said) == 2
     for index, one in enumerate(said):
         ids = rows[index]["input_ids"].tolist()
-        assert one.prompt == pair.tokenizer.decode(ids[:10])
-        assert one.text == pair.tokenizer.decode(ids[10:15])
+        assert one.prompt == pair.tokenizers.teacher.decode(ids[:10])
+        assert one.text == pair.tokenizers.teacher.decode(ids[10:15])
         expected = greedy(pair.student.model, ids[:10], 5)
-        assert one.student == pair.tokenizer.decode(expected, skip_special_tokens=True)
+        assert one.student == pair.tokenizers.teacher.decode(expected, skip_special_tokens=True)
 
 
 def test_chat_template_where_there_is_one(run, assets, monkeypatch):
