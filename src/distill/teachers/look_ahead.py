@@ -102,7 +102,7 @@ class LookAhead:
         for n in np.flatnonzero(spelling.place_N >= 0).tolist():
             row = inside_row[n] if n in inside_row else row_of[int(spelling.place_N[n])]
             refined_N[n] = self._row(n, spelling, at, row, [row_of[place] for place in paths[n]], moves)
-        return self._found(moves, refined_N, class_S, temperature, device)
+        return self._found(moves, refined_N, class_S, temperature, hidden_ND)
 
     def _paths(self, spelling: Spelling) -> list[list[int]]:
         """The teacher's positions along the text from behind its next token on, until the student's is passed."""
@@ -126,22 +126,23 @@ class LookAhead:
     def _likely(
         self, hidden_XD: Tensor, head: LMHead, own_X: np.ndarray, temperature: float, pairs: Pairs | None
     ) -> Tensor:
-        """Ids, their probabilities and that of the text's own next id, (rows, 2K + 1) in fp64, on the device.
+        """Ids, their probabilities and that of the text's own next id, (rows, 2K + 1), on the device.
 
         With pairs, only the rows that stand inside a token of the teacher, conditioned on what they have seen of it.
         """
         vocab, device = head.vocab_size, hidden_XD.device
         most = min(self.most, vocab)
-        found = [hidden_XD.new_zeros(0, 2 * most + 1, dtype=torch.float64)]
         size = max(1, _CHUNK_ELEMENTS // vocab)
         dtype = logits_dtype(hidden_XD.dtype, device)
+        wide = torch.promote_types(dtype, torch.float32)  # which has room for ids below 2^24
+        found = [hidden_XD.new_zeros(0, 2 * most + 1, dtype=wide)]
         rows_X = np.arange(len(hidden_XD)) if pairs is None else pairs.spelling.inside_I
         for start in range(0, len(rows_X), size):
             rows_R = rows_X[start : start + size]
             at_R = torch.from_numpy(rows_R).to(device)
             logits_RV = hidden_XD.new_empty(len(rows_R), vocab, dtype=dtype)
             mm_into(logits_RV, hidden_XD[at_R], head.weight.T)
-            logits_RV = head.finish_(logits_RV.to(torch.promote_types(dtype, torch.float32))).mul_(1 / temperature)
+            logits_RV = head.finish_(logits_RV.to(wide)).mul_(1 / temperature)
             if pairs is not None:
                 inside = inside_rows(pairs, slice(int(rows_R[0]), int(rows_R[-1]) + 1))
                 assert inside is not None
@@ -151,7 +152,7 @@ class LookAhead:
             probs_RV = torch.softmax(logits_RV, -1, out=logits_RV)
             top = probs_RV.topk(most)
             own_R1 = torch.from_numpy(own_X[rows_R]).to(device)[:, None].clamp(max=vocab - 1)
-            found.append(torch.cat([top.indices.double(), top.values.double(), probs_RV.gather(1, own_R1).double()], 1))
+            found.append(torch.cat([top.indices.to(wide), top.values, probs_RV.gather(1, own_R1)], 1))
         return torch.cat(found)
 
     def _row(self, n: int, spelling: Spelling, at: "_Likely", row: int, path: list[int], moves: "_Moves") -> int:
@@ -189,7 +190,7 @@ class LookAhead:
         return alone
 
     def _found(
-        self, moves: "_Moves", refined_N: np.ndarray, class_S: np.ndarray, temperature: float, device: torch.device
+        self, moves: "_Moves", refined_N: np.ndarray, class_S: np.ndarray, temperature: float, like: Tensor
     ) -> Changes:
         """The moves as changes; a row of which next to nothing would be left stays as the tables have it."""
         to_text = np.array(self._ids(list(moves.numbers)), dtype=np.int64)
@@ -215,7 +216,9 @@ class LookAhead:
         return Changes(
             temperature,
             np.searchsorted(rows_H, np.arange(count + 1)),
-            *(torch.from_numpy(x).to(device, non_blocking=True) for x in (rows_H, student_H, mass_H, classes)),
+            *(torch.from_numpy(x).to(like.device, non_blocking=True) for x in (rows_H, student_H)),
+            torch.from_numpy(mass_H).to(torch.promote_types(like.dtype, torch.float32)).to(like.device),
+            torch.from_numpy(classes).to(like.device, non_blocking=True),
         )
 
     def _ids(self, texts: list[tuple[int, bytes]]) -> list[int]:
@@ -250,7 +253,7 @@ class _Likely:
     @classmethod
     def on_host(cls, found: Tensor, smallest: float) -> "_Likely":
         """Those above a probability."""
-        table = found.cpu().numpy()
+        table = found.cpu().double().numpy()
         most = table.shape[1] // 2
         ids, masses = table[:, :most].astype(np.int64), table[:, most:-1]
         counts = (masses > smallest).sum(-1).tolist()
