@@ -210,16 +210,19 @@ class LookAhead:
         order = np.argsort(all_rows, kind="stable")
         found = np.where((refined_N >= 0) & (taken < 1 - 1e-3), to_text[refined_N], -1)
         classes = np.where((found >= 0) & (found < shared), class_S[np.clip(found, 0, shared - 1)], -1)
-        rows_H = all_rows[order]
-        student_H = np.concatenate([sources[leave], targets[come]])[order]
-        mass_H = np.concatenate([-masses[leave], masses[come]])[order]
-        return Changes(
-            temperature,
-            np.searchsorted(rows_H, np.arange(count + 1)),
-            *(torch.from_numpy(x).to(like.device, non_blocking=True) for x in (rows_H, student_H)),
-            torch.from_numpy(mass_H).to(torch.promote_types(like.dtype, torch.float32)).to(like.device),
-            torch.from_numpy(classes).to(like.device, non_blocking=True),
+        ordered = all_rows[order]
+        student = np.concatenate([sources[leave], targets[come]])[order]
+        mass = np.concatenate([-masses[leave], masses[come]])[order]
+        wide = torch.promote_types(like.dtype, torch.float32)
+        parts = (
+            torch.from_numpy(ordered),
+            torch.from_numpy(student),
+            torch.from_numpy(mass).to(wide),
+            torch.from_numpy(classes),
         )
+        rows_H, student_H, mass_H, class_N = (part.to(like.device, non_blocking=True) for part in parts)
+        starts_N = np.searchsorted(ordered, np.arange(count + 1))
+        return Changes(temperature, starts_N, rows_H, student_H, mass_H, class_N)
 
     def _ids(self, texts: list[tuple[int, bytes]]) -> list[int]:
         """The student's id for what is left behind one of its tokens; -1 where it would not have written that token."""
