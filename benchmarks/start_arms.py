@@ -169,6 +169,6 @@ SMOL = {
     "cut": Arm(plain_cut(SMOL_KEPT), rate="cut"),
     "fitted": Arm(SMOL_FITTED),
     "fitted, equal seconds": Arm(SMOL_FITTED, equal_s=True),
-    "closed form": Arm(SMOL_CLOSED, rate="closed"),
-    "closed form, equal seconds": Arm(SMOL_CLOSED, equal_s=True, rate="closed"),
+    "closed form": Arm(SMOL_CLOSED),
+    "closed form, equal seconds": Arm(SMOL_CLOSED, equal_s=True),
 }
