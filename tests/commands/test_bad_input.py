@@ -300,17 +300,17 @@ def test_a_stream_of_which_nothing_is_held_out(config, refused):
     assert re.search(r"data.validation_split: 0.05 of the stream holds no rows; give a larger fraction", refused())
 
 
-def test_another_tokenizer(config, refused, assets, tmp_path):
+def test_another_tokenizer_without_bytes(config, refused, assets, tmp_path):
     folder = tmp_path / "student"
     shutil.copytree(assets / "llama", folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    vocabulary = tokenizer["model"]["vocab"]
-    first, second = list(vocabulary)[5:7]
-    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    vocabulary = {"[UNK]": 0, "a": 1, "b": 2}
+    tokenizer |= {"model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "[UNK]"}, "added_tokens": []}
+    tokenizer |= {"pre_tokenizer": {"type": "Whitespace"}, "decoder": None, "post_processor": None}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     del config["model"]["student_layers"]
     config["model"]["student"] = str(folder)
-    assert "choose a student with the teacher's tokenizer" in refused()
+    assert "(WordLevel) has no byte form; give a tokenizer of" in refused()
 
 
 def test_pickled_weights(config, refused, assets, tmp_path):
