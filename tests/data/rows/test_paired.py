@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 from datasets import Dataset
+from tokenizers import processors
 
 from conftest import text_of_stdlib
 from distill.batch import IGNORE
@@ -30,8 +31,13 @@ def documents(count: int = 12) -> list[str | None]:
 
 
 def sides(teacher: str, student: str) -> Tokenizers:
-    both = trained(teacher, SIZES[teacher]), trained(student, SIZES[student] // 2 + 100)
-    found = tokenizers_of(*both)
+    if teacher == "with_bos":
+        theirs = byte_bpe(500)
+        ends = [("<bos>", theirs.convert_tokens_to_ids("<bos>"))]
+        theirs.backend_tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=ends)
+    else:
+        theirs = trained(teacher, SIZES[teacher])
+    found = tokenizers_of(theirs, trained(student, SIZES[student] // 2 + 100))
     assert found.vocabularies is not None
     return found
 
@@ -58,6 +64,7 @@ PAIRS = [
     ("unigram", "byte_bpe"),
     ("byte_bpe", "sentencepiece_bpe"),
     ("sentencepiece_bpe", "unigram"),
+    ("with_bos", "byte_bpe"),
 ]
 
 
@@ -112,6 +119,17 @@ def test_places_are_those_that_a_search_by_bytes_finds(teacher, student):
         assert batch.units["targets"] == len(positions)
         inside += sum(expected[p][1] > 0 for p in positions)
     assert inside == table["inside"][:].sum() > 50
+
+
+def test_each_part_of_a_text_begins_as_the_teacher_begins_texts():
+    found = sides("with_bos", "byte_bpe")
+    table = rows_of(found, documents())
+    bos = found.teacher.convert_tokens_to_ids("<bos>")
+    rows = [ids for row in table for ids in parts(row, "teacher_")]
+    assert {int(ids[0]) for ids in rows} == {bos}
+    assert sum((ids == bos).sum() for ids in rows) == len(rows)
+    share = table["targets"][:].sum() / table["tokens"][:].sum()
+    assert share == 1  # the first token of the student in a row has the teacher's whole row behind it too
 
 
 def test_a_document_that_a_normaliser_changes_is_the_students_alone():

@@ -99,6 +99,19 @@ class _Part:
     theirs: slice
     cut_tokens: int = 0
 
+    @property
+    def lead(self) -> int:
+        """The teacher's tokens that are put before it again."""
+        return self.document.lead if self.theirs.start > 0 else 0
+
+    def of_teacher(self) -> tuple[np.ndarray, np.ndarray]:
+        """The teacher's ids and ends, with what comes before a text."""
+        ids_T, ends_T, lead = self.document.teacher_T, self.document.teacher_ends_T, self.lead
+        ends = ends_T[self.theirs]
+        if lead:
+            ends = np.concatenate([np.full(lead - 1, -1), [ends_T[self.theirs.start - 1]], ends])
+        return np.concatenate([ids_T[:lead], ids_T[self.theirs]]), ends
+
 
 @dataclass
 class PairedPacker(Packer):
@@ -137,13 +150,14 @@ class PairedPacker(Packer):
         """The rows that a document fills; what it begins is kept."""
         length = self.sequence_length
         ours, theirs = document.cuts()
-        if max(np.diff(ours).max(), np.diff(theirs).max()) > length:
+        if max(np.diff(ours).max(), np.diff(theirs).max() + document.lead) > length:
             document = document.alone()
             ours, theirs = document.cuts()
         at = 0
         while at < len(ours) - 1:
             room = [length - sum(size) for size in zip(*(_sizes(part) for part in self.parts), strict=True)]
             room = room or [length, length]
+            room[1] -= document.lead if at else 0
             last = min(
                 np.searchsorted(side, side[at] + free, side="right") - 1
                 for side, free in zip((ours, theirs), room, strict=True)
@@ -174,7 +188,7 @@ class PairedPacker(Packer):
 
 
 def _sizes(part: _Part) -> tuple[int, int]:
-    return part.ours.stop - part.ours.start, part.theirs.stop - part.theirs.start
+    return part.ours.stop - part.ours.start, part.theirs.stop - part.theirs.start + part.lead
 
 
 def _first_part(document: Paired, length: int) -> _Part:
@@ -196,7 +210,7 @@ def paired_row(parts: Sequence[_Part], vocabularies: VocabularyPair) -> dict[str
     ends: list[np.ndarray] = []
     teacher_ends: list[np.ndarray] = []
     for part in parts:
-        sides = part.document.ends_S[part.ours], part.document.teacher_ends_T[part.theirs]
+        sides = part.document.ends_S[part.ours], part.of_teacher()[1]
         known = np.concatenate([side[side >= 0] for side in sides])
         shift = base - known.min() if len(known) else 0
         base += int(known.max() - known.min()) + GAP if len(known) else 0
@@ -209,7 +223,7 @@ def paired_row(parts: Sequence[_Part], vocabularies: VocabularyPair) -> dict[str
     cut = [part.cut_tokens for part in parts]
     row = make_row(Piece(ids, labels, text_bytes, starts, sum(n > 0 for n in cut), sum(cut)))
     row |= {
-        "teacher_input_ids": np.concatenate([part.document.teacher_T[part.theirs] for part in parts]),
+        "teacher_input_ids": np.concatenate([part.of_teacher()[0] for part in parts]),
         "teacher_document_lengths": np.array([size for _, size in map(_sizes, parts) if size], dtype=np.int32),
         "ends": np.concatenate(ends).astype(np.int32),
         "teacher_ends": np.concatenate(teacher_ends).astype(np.int32),
