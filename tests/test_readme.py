@@ -22,11 +22,13 @@ from distill.cli import COMMANDS, TRAINER
 from distill.commands import fit
 from distill.commands.fit import DistillCLI
 from helpers.chat_templates import PLAIN
+from helpers.two_tokenizers import write_model
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 QUICKSTART = ["fit", "--config", "configs/quickstart.yaml"]  # what `make quickstart` runs
 MOE_RECIPES = ("fsdp2.yaml", "moe_to_smollm.yaml", "moe_to_dense.yaml")
+OWN_TOKENIZER = ("cross_tokenizer.yaml", "moe_to_smollm.yaml")
 RECIPES = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
 
 
@@ -48,6 +50,9 @@ def stand_ins(assets: Path, tmp_path: Path, recipe: str) -> list[str]:
     text = (ROOT / "configs" / recipe).read_text()
     if re.search(r"^  student:", text, re.MULTILINE):
         flags["model.student"] = str(assets / "llama")
+        if recipe in OWN_TOKENIZER:
+            flags["model.student"] = str(tmp_path / "own")
+            write_model(tmp_path / "own", "byte_bpe", 360)
     if re.search(r"^  student_config:", text, re.MULTILINE):
         flags |= {"model.student_config.hidden_size": "24", "model.student_config.num_attention_heads": "3"}
     if re.search(r"^  student_layers:", text, re.MULTILINE):

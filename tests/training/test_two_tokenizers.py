@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -35,13 +36,15 @@ def weights(cli) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in cli.model.student.parameters()])
 
 
-def test_a_student_learns_from_a_teacher_with_another_tokenizer(distill, config, capsys):
+def test_a_student_learns_from_a_teacher_with_another_tokenizer(distill, config, capsys, caplog):
+    caplog.set_level("INFO")
     cli = distill("fit", config)
     first, *_, last = validations(cli)
     assert float(last["val/kl_div_T1"]) < 0.9 * float(first["val/kl_div_T1"])
     assert float(last["val/bits_per_byte"]) < float(first["val/bits_per_byte"])
     absent = ("val/top1_agreement", "val/top5_agreement", "val/acceptance", "val/teacher_perplexity")
     assert not [name for name in absent if last.get(name)]
+    assert re.search(r"reads them as [\d,]+ tokens and says something of 9\d\.\d% of the targets; 0 docu", caplog.text)
     shown = capsys.readouterr().out
     assert "val/bits_per_byte" in shown
     assert "top1_agreement" not in shown

@@ -32,7 +32,25 @@ def describe_table(what: str, documents: "Dataset", rows: "Dataset", form: str, 
     read, packed = several(documents.num_rows, "document"), several(rows.num_rows, "row")
     return (
         f"Data: {what}{read} ({form}), {tokens:,} tokens in {packed} of at most {sequence_length}, {filled:.1%} full; "
-        f"{_cut(sums)}; {left_out:,} without a target left out."
+        f"{_cut(sums)}; {left_out:,} without a target left out.{_paired_table(rows)}"
+    )
+
+
+def _paired_table(rows: "Dataset") -> str:
+    """What a teacher with another tokenizer has of the same rows; nothing where there is none."""
+    import pyarrow.compute as pc
+
+    if "teacher_input_ids" not in rows.column_names:
+        return ""
+    sums = {name: int(np.sum(rows[name][:])) for name in ("tokens", "targets", "unshared")}
+    return _paired(sums, int(pc.sum(pc.list_value_length(rows.data.column("teacher_input_ids"))).as_py()))
+
+
+def _paired(sums: Mapping[str, int], tokens: int) -> str:
+    share, alone = sums["targets"] / max(1, sums["tokens"]), several(sums["unshared"], "document")
+    return (
+        f" The teacher reads them as {tokens:,} tokens and says something of {share:.1%} of the targets; {alone} that "
+        "one side's tokens do not spell left to next tokens."
     )
 
 
@@ -61,8 +79,16 @@ def describe_stream(documents: int, rows: Sequence[Mapping[str, Any]], form: str
     return (
         f"Data: a stream; of its first {documents:,} documents ({form}) {tokens:,} tokens, {targets:,} of them "
         f"targets, in {len(rows):,} rows, {filled:.1%} full; {_cut(sums)}; {documents - sums['documents']:,} held out "
-        "or without a target."
+        f"or without a target.{_paired_rows(rows)}"
     )
+
+
+def _paired_rows(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The same of rows of a stream."""
+    if not rows or "teacher_input_ids" not in rows[0]:
+        return ""
+    sums = {name: sum(row[name] for row in rows) for name in ("tokens", "targets", "unshared")}
+    return _paired(sums, sum(len(row["teacher_input_ids"]) for row in rows))
 
 
 def describe_read(counts: Mapping[str, int]) -> str:
