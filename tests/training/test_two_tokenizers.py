@@ -127,6 +127,35 @@ def test_streams_of_both_sides(distill, config):
     assert float(last["val/kl_div_T1"]) < float(first["val/kl_div_T1"])
 
 
+def test_a_cache_of_hidden_states_teaches_the_same(distill, config):
+    config["trainer"] |= {"max_steps": 4, "num_sanity_val_steps": 0}
+    live = distill("fit", config)
+    distill("cache", config, "--output", "kept")
+    config["model"]["teacher"] = "kept"
+    cached = distill("fit", config)
+    torch.testing.assert_close(weights(cached), weights(live), rtol=1e-6, atol=1e-7)
+    kl = [float(validations(cli)[-1]["val/kl_div_T1"]) for cli in (cached, live)]
+    assert kl[0] == pytest.approx(kl[1], rel=1e-5)
+
+
+def test_mixtures_and_several_validation_sets(distill, config):
+    text = Path(config["data"]["dataset"]).read_text()
+    for name, part in (("one", text[:6000]), ("two", text[6000:])):
+        Path(f"{name}.txt").write_text(part)
+    parts = [{"dataset": "one.txt", "weight": 3}, {"dataset": "two.txt", "weight": 1}]
+    config["data"] |= {"dataset": parts, "validation": {"all": 0.1, "two": {"dataset": "two.txt"}}}
+    config["trainer"] |= {"max_steps": 3, "num_sanity_val_steps": 0}
+    (row,) = validations(distill("fit", config))
+    assert row["val/kl_div_T1"] == row["val/all/kl_div_T1"] != row["val/two/kl_div_T1"] != ""
+
+
+def test_unpacked_rows_of_about_one_length(distill, config):
+    config["data"] |= {"packing": False, "group_by_length": True, "sequence_length": 40}
+    config["trainer"] |= {"max_steps": 3, "num_sanity_val_steps": 0}
+    (row,) = validations(distill("fit", config))
+    assert float(row["val/kl_div_T1"]) > 0
+
+
 def test_two_ranks_equal_one_process(config, tmp_path):
     config["model"] |= {"layerwise": {}, "attention": {}, "lm_loss": False}  # so that targets look ahead
     config["curriculum"] = {"layerwise": 0.1, "attention": 0.1}

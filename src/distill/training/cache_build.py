@@ -110,6 +110,7 @@ class CacheBuilder:
             raise UserError(f"model.teacher: {options.teacher} is a cache itself; name the model that it is of")
         self.request, self.trainer, self.data, self.tell = request, trainer, data, tell
         self.folder = Path(request.output).expanduser()
+        self.tokenizer = data.tokenizer if data.tokenizers is None else data.tokenizers.teacher
         device = trainer.strategy.root_device
         dtype = teacher_dtype(options.teacher_dtype, str(trainer.precision), device.type)
         model = load.load_model(options.teacher, dtype=dtype, key="model.teacher", **options.load_options)
@@ -318,7 +319,7 @@ class CacheBuilder:
             with quiet_transformers():
                 model.config.save_pretrained(self.folder)
                 model.generation_config.save_pretrained(self.folder)
-                self.data.tokenizer.save_pretrained(self.folder)
+                self.tokenizer.save_pretrained(self.folder)
             found = sorted(path.name for path in self.folder.iterdir() if path.is_file() and path.name[0] != ".")
             names = [name for name in found if name != BUILDING]
             assert HEAD in names
