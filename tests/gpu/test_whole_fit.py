@@ -179,7 +179,7 @@ def test_a_fit_copies_batches_and_figures_alone_and_waits_for_nothing_of_ours(ru
     lengths = {"has_len_all_ranks": 6}  # before the first step
     overflow = {"_maybe_opt_step": STEPS} if precision == "16-mixed" else {}
     assert dict(launches.waits) == lengths | overflow | {"compute": launches.waits["compute"]}
-    assert launches.waits["compute"] <= 3
+    assert launches.waits["compute"] <= 4  # counts of a validation, which a device hands over at once
 
 
 def test_a_planted_wait_is_caught(run, monkeypatch):

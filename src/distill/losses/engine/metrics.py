@@ -122,7 +122,9 @@ class DistillationMetrics(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """The metrics by name; see the class."""
-        if self.tokens == 0:
+        counts = torch.stack([self.tokens, self.num_bytes, self.targets, self.tokens_with_teacher])
+        tokens, num_bytes, targets, with_teacher = counts.tolist()  # one wait for the device
+        if not tokens:
             return {}
         student_nll = self.student_nll / self.tokens
         _, confidence_B, correct_B = self.calibration.unbind(1)
@@ -132,11 +134,11 @@ class DistillationMetrics(Metric):
             "student_entropy": self.student_entropy / self.tokens,
             "ece": (confidence_B - correct_B).abs().sum() / self.tokens,
         }
-        if self.num_bytes > 0:
+        if num_bytes:
             result["bits_per_byte"] = self.student_nll / (self.num_bytes * math.log(2))
-        if self.targets > 0:
+        if targets:
             result["kl_div_T1"] = self.class_kl / self.targets
-        if self.tokens_with_teacher > 0:
+        if with_teacher:
             teacher_nll = self.teacher_nll / self.tokens_with_teacher
             result |= {
                 "kl_div_T1": self.kl_div / self.tokens_with_teacher,
