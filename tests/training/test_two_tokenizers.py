@@ -3,10 +3,14 @@
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from transformers import PreTrainedTokenizerFast
 
 from distill.checkpoints.students import load_student
 from distill.errors import UserError
@@ -154,6 +158,38 @@ def test_unpacked_rows_of_about_one_length(distill, config):
     config["trainer"] |= {"max_steps": 3, "num_sanity_val_steps": 0}
     (row,) = validations(distill("fit", config))
     assert float(row["val/kl_div_T1"]) > 0
+
+
+def test_random_weights_with_a_tokenizer_of_their_own(distill, config, models):
+    del config["model"]["student"]
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config["model"] |= {
+        "student_tokenizer": str(models / "student"),
+        "student_config": {"model_type": "llama", **sizes, "num_key_value_heads": 2},
+    }
+    config["trainer"] |= {"max_steps": 3}
+    cli = distill("fit", config, "--data.num_workers=2")
+    student = load_student(Path(cli.trainer.log_dir, "checkpoints", "last.ckpt"))
+    assert student.model.config.vocab_size == len(student.tokenizer) == 330
+    assert student.model.generation_config.eos_token_id == student.tokenizer.eos_token_id
+
+
+def test_a_tokenizer_for_a_student_that_is_cut_is_refused(distill, config, models):
+    config["model"] |= {"student": None, "student_layers": 2, "student_tokenizer": str(models / "student")}
+    with pytest.raises(UserError, match=r"^model.student_tokenizer: .* that is cut reads its teacher's tokens"):
+        distill("fit", config)
+
+
+def test_a_tokenizer_whose_tokens_have_no_bytes_is_one_line(distill, config, models, tmp_path):
+    shutil.copytree(models / "student", tmp_path / "pieces")
+    pieces = Tokenizer(WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=pieces, unk_token="[UNK]").save_pretrained(tmp_path / "pieces")
+    config["model"]["student"] = str(tmp_path / "pieces")
+    with pytest.raises(
+        UserError, match=r"^model.student: .* has no byte form; give a tokenizer of byte-level BPE"
+    ) as told:
+        distill("fit", config)
+    assert "\n" not in str(told.value)
 
 
 def test_two_ranks_equal_one_process(config, tmp_path):

@@ -28,6 +28,7 @@ from distill.teachers.cached import CachedTeacher
 from distill.teachers.cached_states import MIXTURE
 from distill.teachers.encodings import Encoding, Hidden, Sampled, TopK, described, id_bits
 from distill.teachers.find_experts import find_views
+from distill.teachers.mapped import MappedTeacher
 from distill.teachers.online import OnlineTeacher, quantize
 from distill.teachers.targets import DenseTargets, SampledTargets, Targets, TopKTargets, teacher_logprobs
 from distill.training.module import DistillationModule
@@ -43,6 +44,7 @@ ASSUMED_K, ASSUMED_DRAWS = 64, 50
 def cache_findings(console: Console, module: DistillationModule, data: DistillationDataModule) -> list[str]:
     """Shows what a cached teacher's targets take and how they compare with the live teacher's; what is wrong there."""
     teacher, rows = module.teacher, data.train_rows
+    teacher = teacher.source if isinstance(teacher, MappedTeacher) else teacher
     if not isinstance(teacher, CachedTeacher) or module.options.kd_loss is None or rows is None:
         return []
     show(console, cost_table(teacher, int(rows.units_R["tokens"].sum())))
