@@ -1,7 +1,8 @@
 """How well `distill check` foretells the seconds that the making of a student takes: within 25%.
 
 Three students: dense and narrower ones of the small mixture of experts of quality_teacher.py, and SmolLM2-135M cut and
-fitted as in the quickstart. Both figures are CPU seconds on one thread, since other processes take part of the wall's.
+fitted on the quickstart's tokens in as many steps. Both figures are CPU seconds on one thread, since other processes
+take part of the wall's.
 
     python benchmarks/start_estimate.py                  # all three, in about three minutes
     python benchmarks/start_estimate.py --only dense     # one
