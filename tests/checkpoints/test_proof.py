@@ -152,3 +152,14 @@ def test_a_folder_that_reads_back_as_another_model_is_not_left(run, tmp_path, mo
     with pytest.raises(UserError, match=r"^folder: loaded again, it is another model"):
         export(run[0], str(tmp_path / "deep" / "out"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_with_coarse_products_is_compared_in_whole_ones():
+    """On units for bf16 `matmul_precision: medium` rounds each product by more than a proof allows."""
+    model, seen = tiny_llama(), []
+    model.register_forward_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
+    model.get_decoder().register_forward_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
+    torch.set_float32_matmul_precision("medium")
+    prove(model, proof(model, [3, 4, 5]))
+    assert set(seen) == {"highest"}
+    assert torch.get_float32_matmul_precision() == "medium"

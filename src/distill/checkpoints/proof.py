@@ -80,7 +80,8 @@ def prove(model: PreTrainedModel, expected: Mapping[str, Any], key: str = "stude
         UserError: its logits are others, or not finite.
     """
     ids_1T = torch.tensor([expected["input_ids"]], device=model.device)
-    logits_TV = model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), use_cache=False).logits[0]
+    with whole_products():  # as `proof` has them, whatever `matmul_precision` the run was given
+        logits_TV = model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), use_cache=False).logits[0]
     found = _figures(logits_TV, expected["vocabulary"]).double()
     theirs = expected["logits"].double()
     if not found.isfinite().all():
