@@ -7,7 +7,7 @@ own module, data and trainer. Every arm has the same rate, the lowest of a few t
 against its best, on a seed of its own: near the highest that CE stands, differences between arms are lost in noise.
 Every finished student is written at once and skipped next time.
 
-These are gaps after 80 steps of four rows of at most 128 tokens of either side, of early training: directions, not
+These are gaps after 60 steps of four rows of at most 128 tokens of either side, of early training: directions, not
 sizes.
 
     python benchmarks/cross_tokenizer.py                    # both students, every arm, four seeds: 30 minutes
@@ -37,7 +37,7 @@ from distill.training.callbacks.curriculum import Curriculum
 from distill.training.trainer import DistillTrainer
 
 RESULTS = Path(__file__).parent / "results" / "cross_tokenizer.json"
-STEPS, ROWS, WARMUP, HELD_OUT = 80, 4, 8, 64
+STEPS, ROWS, WARMUP, HELD_OUT = 60, 4, 6, 32
 RATES, SWEEP_SEED = (2e-3, 4e-3, 8e-3), 1000
 CALM = 0.02  # bits a byte that the rate may cost CE
 LLAMA = {
