@@ -38,7 +38,7 @@ from distill.training.trainer import DistillTrainer
 
 RESULTS = Path(__file__).parent / "results" / "cross_tokenizer.json"
 STEPS, ROWS, WARMUP, HELD_OUT = 60, 4, 6, 32
-RATES, SWEEP_SEED = (2e-3, 4e-3, 8e-3), 1000
+RATES, SWEEP_SEED = (2e-3, 4e-3), 1000
 CALM = 0.02  # bits a byte that the rate may cost CE
 LLAMA = {
     "model_type": "llama",
