@@ -119,9 +119,12 @@ def calm_rate(results: dict[str, Any], student: str) -> float:
 
 
 def jobs(seeds: int) -> list[tuple[str, str, str, int, float | None]]:
-    """Label, name, arm, seed and rate of every run: rates first, then a seed after the other."""
-    sweep = [(f"{student}, rates", f"CE {rate:g}", "CE", SWEEP_SEED, rate) for student in STUDENTS for rate in RATES]
-    return [*sweep, *((student, arm, arm, seed, None) for seed in range(seeds) for student in STUDENTS for arm in ARMS)]
+    """Label, name, arm, seed and rate of every run: of each student rates first, then a seed after the other."""
+    found: list[tuple[str, str, str, int, float | None]] = []
+    for student in STUDENTS:
+        found += [(f"{student}, rates", f"CE {rate:g}", "CE", SWEEP_SEED, rate) for rate in RATES]
+        found += [(student, arm, arm, seed, None) for seed in range(seeds) for arm in ARMS]
+    return found
 
 
 def measure(seeds: int, minutes: float, path: Path) -> None:
