@@ -11,6 +11,7 @@ R rows and, in what the engine hands over, S shared ids of the student.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -23,6 +24,7 @@ from distill.losses.engine.rows import Buffers, dense_rows, sampled_rows, top_k_
 from distill.losses.engine.targets import Targets as Targets
 from distill.models.head import LMHead, logits_dtype, mm_into
 
+_BLOCK_ELEMENTS_CPU = 1 << 18  # of those that are looked at together: 1 MiB
 _CHUNK_ELEMENTS = 1 << 25  # of logits at a time while sparse targets are made: 128 MiB in fp32
 
 
@@ -206,9 +208,13 @@ def _scaled_logits(targets: DenseTargets, temperature: float, shared_vocab: int)
     return logits_NV if temperature == 1 else logits_NV.mul_(1 / temperature)
 
 
-def _chunked(targets: DenseTargets) -> list[DenseTargets]:
+def _logits_in_blocks(targets: DenseTargets, temperature: float, shared_vocab: int) -> Iterator[Tensor]:
+    """Logits / T, to be overwritten, as many rows at a time as stay in a CPU's cache, elsewhere as a product has."""
     rows = max(1, _CHUNK_ELEMENTS // targets.head.vocab_size)
-    return [DenseTargets(hidden_ND, targets.head) for hidden_ND in targets.hidden_ND.split(rows)]
+    for hidden_ND in targets.hidden_ND.split(rows):
+        logits_NV = _scaled_logits(DenseTargets(hidden_ND, targets.head), temperature, shared_vocab)
+        block = max(1, _BLOCK_ELEMENTS_CPU // shared_vocab) if logits_NV.device.type == "cpu" else rows
+        yield from logits_NV.split(block)
 
 
 @torch.no_grad()
@@ -223,8 +229,7 @@ def top_k_targets(targets: DenseTargets, k: int, temperature: float, shared_voca
     """
     vocab = targets.head.vocab_size if shared_vocab is None else shared_vocab
     ids, logprobs, tails = [], [], []
-    for part in _chunked(targets):
-        logits_NV = _scaled_logits(part, temperature, vocab)
+    for logits_NV in _logits_in_blocks(targets, temperature, vocab):
         kept = logits_NV.topk(min(k, vocab), dim=-1)
         # Kept ids and the others apart make up the normaliser: one pass less than a softmax, and none is a difference.
         tail_N = logits_NV.scatter_(1, kept.indices, -torch.inf).logsumexp(-1)
@@ -260,8 +265,7 @@ def sampled_targets(
     """
     vocab = targets.head.vocab_size if shared_vocab is None else shared_vocab
     ids, counts, entropy = [], [], []
-    for part in _chunked(targets):
-        logits_NV = _scaled_logits(part, temperature, vocab)
+    for logits_NV in _logits_in_blocks(targets, temperature, vocab):
         probs_NV = logits_NV.softmax(-1)
         # At least two, for of a single draw CUDA checks the probabilities on the host.
         drawn_NS = torch.multinomial(probs_NV, max(2, draws), replacement=True, generator=generator)[:, :draws]
