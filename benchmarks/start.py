@@ -5,7 +5,7 @@ and the package's SmolLM2-135M, cut to ten of its thirty layers. A seed draws tr
 rows among the former, the same for every arm; all learn by forward KL at T = 1 alone, through the program's own module,
 data and trainer. Seconds are of the CPU, on one thread: those of the start, and those from the first training batch to
 the last one's update. An arm at equal seconds has as many steps fewer as its start took. Arms that begin alike share a
-start. Every finished student is written at once and skipped next time. The committed runs of the small teacher are older
+start. Every finished student is written at once and skipped next time. The committed runs of the small teacher are old
 and count setting up and validation among the seconds of their steps: 0.080 a step where 0.075 are right.
 
 To fit into twenty minutes, each arm of SmolLM2 has 32 steps of one row of 128 tokens, and fits have 4,096 tokens and 10
