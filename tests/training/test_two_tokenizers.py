@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from distill.checkpoints.students import load_student
 from distill.errors import UserError
+from helpers.chat_templates import PLAIN
 from helpers.two_ranks import assert_same, fit
 from helpers.two_tokenizers import pair_config, write_pair
 
@@ -172,6 +173,31 @@ def test_random_weights_with_a_tokenizer_of_their_own(distill, config, models):
     student = load_student(Path(cli.trainer.log_dir, "checkpoints", "last.ckpt"))
     assert student.model.config.vocab_size == len(student.tokenizer) == 330
     assert student.model.generation_config.eos_token_id == student.tokenizer.eos_token_id
+
+
+def test_conversations_by_two_templates(distill, config, models, tmp_path):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(models / "teacher", teacher)
+    (teacher / "chat_template.jinja").write_text(
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}[end]{% endfor %}"
+    )
+    turns = [{"role": "user", "content": "%d?"}, {"role": "assistant", "content": "the answer is %d, said the book"}]
+    lines = [json.dumps({"messages": turns}).replace("%d", str(number)) for number in range(300)]
+    Path("chats.jsonl").write_text("\n".join(lines))
+    Path("student.jinja").write_text(PLAIN)
+    config["model"]["teacher"] = str(teacher)
+    config["data"] |= {
+        "dataset": "chats.jsonl",
+        "chat_template": "student.jinja",
+        "sequence_length": 64,
+        "packing": False,
+    }
+    first, *_, last = validations(cli := distill("fit", config))
+    assert float(last["val/kl_div_T1"]) < 0.9 * float(first["val/kl_div_T1"])
+    rows = cli.datamodule.train_rows
+    assert 0.4 < rows.units_R["targets"].sum() / rows.units_R["tokens"].sum() < 1  # the rest is the template's
+    student = load_student(Path(cli.trainer.log_dir, "checkpoints", "last.ckpt"))
+    assert student.tokenizer.chat_template == PLAIN
 
 
 def test_a_tokenizer_for_a_student_that_is_cut_is_refused(distill, config, models):

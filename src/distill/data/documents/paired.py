@@ -63,18 +63,19 @@ class Paired:
         if not self.is_shared:
             return np.arange(size + 1), np.zeros(size + 1, dtype=np.int64)
         sides = [_behind_text(ends) for ends in (self.ends_S, self.teacher_ends_T)]
-        _, ours, theirs = np.intersect1d(
-            self.ends_S[sides[0]], self.teacher_ends_T[sides[1]], assume_unique=True, return_indices=True
-        )
-        return np.array([0, *(sides[0][ours] + 1), size]), np.array([0, *(sides[1][theirs] + 1), their_size])
+        ends, their_ends = self.ends_S[sides[0]], np.append(self.teacher_ends_T[sides[1]], -1)
+        at = np.searchsorted(their_ends[:-1], ends)
+        same = their_ends[at] == ends
+        places = (sides[0][same] + 1, size), (sides[1][at[same]] + 1, their_size)
+        ours, theirs = (np.concatenate([[0], inner, [last]]) for inner, last in places)
+        return ours, theirs
 
 
 def _behind_text(ends: np.ndarray) -> np.ndarray:
     """Tokens that end where shared text has begun and goes on."""
     known = np.flatnonzero(ends >= 0)
-    first, last = known[0], ends.max()
-    inner = known[(ends[known] > ends[first]) & (ends[known] < last)]
-    return inner[np.diff(ends[inner], prepend=-1) > 0]
+    there = ends[known]
+    return known[(there > there[0]) & (there < there[-1])]
 
 
 def unshared(student: Document) -> Paired:
@@ -180,7 +181,7 @@ def _ends(side: TokenBytes, ids_T: np.ndarray, text: bytes) -> np.ndarray | None
     A blank before the text that is none of it (Llama 2's) has an end before the text's first byte, so that what comes
     behind it is known to begin with a blank.
     """
-    found = side.text(ids_T)
+    found = side.text(ids_T.tolist())
     before = len(found) - len(text)
     if not text or not found.endswith(text) or found[: max(0, before)] not in (b"", b" "):
         return None
@@ -224,7 +225,7 @@ def _mark(ends_T: np.ndarray, side: TokenBytes, found: Rendered, start: int, tex
         text[: found.starts_T[first] - start],
         text[found.starts_T[first] - start : found.ends_T[last] - start],
     )
-    whole = side.text(ids)
+    whole = side.text(ids.tolist())
     before = len(whole) - len(spelt.encode())
     if not whole.endswith(spelt.encode()) or whole[: max(0, before)] not in (b"", b" "):
         return

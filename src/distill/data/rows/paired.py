@@ -18,7 +18,6 @@ from distill.data.documents.forms import goes_on
 from distill.data.documents.paired import GAP, Paired, PairedEncoder
 from distill.data.rows.packing import LISTS, NUMBERS, Packer, Piece, best_fit, make_row
 from distill.vocabularies.pair import VocabularyPair
-from distill.vocabularies.places import places
 
 PAIRED_LISTS = ("teacher_input_ids", "teacher_document_lengths", "ends", "teacher_ends")
 PAIRED_NUMBERS = (
@@ -26,6 +25,8 @@ PAIRED_NUMBERS = (
     "inside",  # of these, the ones that begin within a token of the teacher
     "unshared",  # documents that begin in the row and whose tokens do not spell one text on both sides
 )
+
+_ROW = 1 << 40  # bytes from one row to the next where several are looked at together
 
 
 @dataclass(frozen=True)
@@ -53,41 +54,55 @@ class Pairing:
             positions_N: flat indices of the student's valid tokens.
         """
         length, their_length = student_ids_BS.shape[1], teacher_ids_BT.shape[1]
-        place_N, inside_N = np.full(len(positions_N), -1), np.zeros(len(positions_N), dtype=np.int64)
-        for b, row in enumerate(rows):
-            here = slice(*np.searchsorted(positions_N, (b * length, (b + 1) * length)))
-            found, inside_N[here] = meet(row, positions_N[here] - b * length, self.vocabularies)
-            place_N[here] = np.where(found >= 0, found + b * their_length, -1)
+        row_N, at_N = np.divmod(positions_N, length)
+        place_N, inside_N = meet(rows, row_N, at_N, self.vocabularies)
+        place_N = np.where(place_N >= 0, place_N + row_N * their_length, -1)
         student_T, teacher_T = student_ids_BS.reshape(-1), teacher_ids_BT.reshape(-1)
         behind_N = student_T[positions_N + 1]
         return self.vocabularies.pairs(teacher_T, place_N, inside_N, student_T[positions_N], behind_N)
 
 
-def meet(row: dict[str, Any], positions: np.ndarray, vocabularies: VocabularyPair) -> tuple[np.ndarray, np.ndarray]:
-    """Where some of the student's positions of a row stand between the teacher's tokens.
+def meet(
+    rows: Sequence[dict[str, Any]], row_N: np.ndarray, at_N: np.ndarray, vocabularies: VocabularyPair
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where some of the student's positions stand between the teacher's tokens.
 
     Args:
-        row: with both sides' ids and ends.
-        positions: within the row.
+        rows: with both sides' ids and ends.
+        row_N: the row of each position, ascending.
+        at_N: its place within the row.
         vocabularies: of both sides.
 
     Returns:
-        The teacher's position of each, -1 for none, and the bytes of the teacher's next token that lie before it.
+        The teacher's position of each within the row, -1 for none, and the bytes of the teacher's next token that lie
+        before it.
     """
-    ids_T, ends_T = np.asarray(row["teacher_input_ids"]), np.asarray(row["teacher_ends"], dtype=np.int64)
+    found_N, inside_N = np.full(len(row_N), -1), np.zeros(len(row_N), dtype=np.int64)
+    if not len(row_N):
+        return found_N, inside_N
+    ids_T = np.concatenate([row["teacher_input_ids"] for row in rows])
+    starts_R, ends_S = _joined_ends([row["ends"] for row in rows])
+    their_starts_R, ends_T = _joined_ends([row["teacher_ends"] for row in rows])
     goes_on_T = ends_T >= 0
-    goes_on_T[np.cumsum(row["teacher_document_lengths"]) - 1] = False  # nothing of its document follows there
-    known_T = np.flatnonzero(goes_on_T)
-    ends_N = np.asarray(row["ends"], dtype=np.int64)[positions]
-    found, inside = np.full(len(positions), -1), np.zeros(len(positions), dtype=np.int64)
-    known_N = np.flatnonzero(ends_N >= 0)
-    at = places(ends_T[known_T], ends_N[known_N])
-    known_N, at = known_N[at >= 0], at[at >= 0]
-    place = known_T[at]
+    goes_on_T[np.cumsum(np.concatenate([row["teacher_document_lengths"] for row in rows])) - 1] = False
+    known_T = np.flatnonzero(goes_on_T)  # at the others nothing of their document follows
+    ends_N = ends_S[starts_R[row_N] + at_N]
+    at = np.searchsorted(ends_T[known_T], ends_N, side="right") - 1
+    known_N = np.flatnonzero((ends_N >= 0) & (at >= 0))
+    place = known_T[at[known_N]]
     within = ends_N[known_N] - ends_T[place]
     fits = (within == 0) | (within < vocabularies.teacher.lengths[ids_T[place + 1]])
-    found[known_N[fits]], inside[known_N[fits]] = place[fits], within[fits]
-    return found, inside
+    kept_N = known_N[fits]
+    found_N[kept_N], inside_N[kept_N] = place[fits] - their_starts_R[row_N[kept_N]], within[fits]
+    return found_N, inside_N
+
+
+def _joined_ends(ends: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Where each row begins among all, and the ends of all, those of each row beyond those before it."""
+    sizes_R = np.array([len(row) for row in ends])
+    joined = np.concatenate(ends).astype(np.int64)
+    beyond = np.repeat(np.arange(len(ends)) * _ROW, sizes_R)
+    return np.cumsum(sizes_R) - sizes_R, np.where(joined >= 0, joined + beyond, -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,8 +147,8 @@ class PairedPacker(Packer):
         documents = self.encoder(batch, self.seen)
         self.seen += len(next(iter(batch.values())))
         packed = self._joined(documents) if goes_on(list(batch)) else self._fitted(documents)
-        made = (paired_row(parts, self.encoder.vocabularies) for parts in packed)
-        return [row for row in made if row["tokens"]]
+        made = [row for row in map(paired_row, packed) if row["tokens"]]
+        return counted(made, self.encoder.vocabularies)
 
     def _joined(self, documents: Sequence[Paired]) -> Iterator[list[_Part]]:
         """Documents one behind the other, or each by itself, in rows that are as full as common boundaries allow."""
@@ -204,16 +219,16 @@ def _first_part(document: Paired, length: int) -> _Part:
     return _Part(document, slice(0, ours[last]), slice(0, theirs[last]), size - ours[last])
 
 
-def paired_row(parts: Sequence[_Part], vocabularies: VocabularyPair) -> dict[str, Any]:
-    """One row of both sides; the ends of its parts are made to lie GAP apart."""
+def paired_row(parts: Sequence[_Part]) -> dict[str, Any]:
+    """One row of both sides, without what is counted of how they meet; the ends of its parts lie GAP apart."""
     base = GAP
     ends: list[np.ndarray] = []
     teacher_ends: list[np.ndarray] = []
     for part in parts:
         sides = part.document.ends_S[part.ours], part.of_teacher()[1]
-        known = np.concatenate([side[side >= 0] for side in sides])
-        shift = base - known.min() if len(known) else 0
-        base += int(known.max() - known.min()) + GAP if len(known) else 0
+        known = [side[side >= 0] for side in sides]
+        first = min((side[0] for side in known if len(side)), default=0)
+        shift, base = base - first, base + max((side[-1] for side in known if len(side)), default=0) - first + GAP
         for side, moved in zip(sides, (ends, teacher_ends), strict=True):
             moved.append(np.where(side >= 0, side + shift, -1))
     starts = np.concatenate([np.arange(part.ours.start, part.ours.stop) == 0 for part in parts])
@@ -222,16 +237,30 @@ def paired_row(parts: Sequence[_Part], vocabularies: VocabularyPair) -> dict[str
     )
     cut = [part.cut_tokens for part in parts]
     row = make_row(Piece(ids, labels, text_bytes, starts, sum(n > 0 for n in cut), sum(cut)))
-    row |= {
+    return row | {
         "teacher_input_ids": np.concatenate([part.of_teacher()[0] for part in parts]),
         "teacher_document_lengths": np.array([size for _, size in map(_sizes, parts) if size], dtype=np.int32),
         "ends": np.concatenate(ends).astype(np.int32),
         "teacher_ends": np.concatenate(teacher_ends).astype(np.int32),
         "unshared": sum(not part.document.is_shared and part.ours.start == 0 for part in parts),
     }
-    positions = np.flatnonzero(row["labels"][1:] != IGNORE)
-    place, inside = meet(row, positions, vocabularies)
-    begins_L = np.zeros(len(row["labels"]), dtype=bool)
-    begins_L[np.cumsum(row["document_lengths"])[:-1]] = begins_L[0] = True
-    queries = int(((place >= 0) & ~begins_L[positions]).sum())  # the others have no state of the teacher's beside them
-    return row | {"targets": int((place >= 0).sum()), "inside": int((inside > 0).sum()), "queries": queries}
+
+
+def counted(rows: list[dict[str, Any]], vocabularies: VocabularyPair) -> list[dict[str, Any]]:
+    """The rows with their targets; queries are those of them that have an earlier token in their document."""
+    if not rows:
+        return rows
+    starts_R = np.cumsum([0, *(len(row["labels"]) for row in rows)])
+    learnt_S = np.concatenate([row["labels"] for row in rows])[1:] != IGNORE  # a row's first token never is
+    places = np.flatnonzero(learnt_S)
+    row_N = np.searchsorted(starts_R, places, side="right") - 1
+    place_N, inside_N = meet(rows, row_N, places - starts_R[row_N], vocabularies)
+    lengths_D = np.concatenate([row["document_lengths"] for row in rows])
+    begins_S = np.zeros(starts_R[-1], dtype=bool)
+    begins_S[np.cumsum(lengths_D) - lengths_D] = True
+    taught_N = place_N >= 0
+    of = {"targets": taught_N, "inside": inside_N > 0, "queries": taught_N & ~begins_S[places]}
+    for name, counted_N in of.items():
+        for row, count in zip(rows, np.bincount(row_N[counted_N], minlength=len(rows)).tolist(), strict=True):
+            row[name] = count
+    return rows
