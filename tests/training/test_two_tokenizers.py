@@ -195,7 +195,8 @@ def test_conversations_by_two_templates(distill, config, models, tmp_path):
     first, *_, last = validations(cli := distill("fit", config))
     assert float(last["val/kl_div_T1"]) < 0.9 * float(first["val/kl_div_T1"])
     rows = cli.datamodule.train_rows
-    assert 0.4 < rows.units_R["targets"].sum() / rows.units_R["tokens"].sum() < 1  # the rest is the template's
+    learnt, taught = (int(rows.units_R[kind].sum()) for kind in ("tokens", "targets"))
+    assert learnt == taught > 1000  # rows end within the answers, so all that is learnt is shared
     student = load_student(Path(cli.trainer.log_dir, "checkpoints", "last.ckpt"))
     assert student.tokenizer.chat_template == PLAIN
 
