@@ -212,9 +212,10 @@ def _logits_in_blocks(targets: DenseTargets, temperature: float, shared_vocab: i
     """Logits / T, to be overwritten, as many rows at a time as stay in a CPU's cache, elsewhere as a product has."""
     rows = max(1, _CHUNK_ELEMENTS // targets.head.vocab_size)
     for hidden_ND in targets.hidden_ND.split(rows):
-        logits_NV = _scaled_logits(DenseTargets(hidden_ND, targets.head), temperature, shared_vocab)
+        logits_NV = _scaled_logits(DenseTargets(hidden_ND, targets.head), 1.0, shared_vocab)
         block = max(1, _BLOCK_ELEMENTS_CPU // shared_vocab) if logits_NV.device.type == "cpu" else rows
-        yield from logits_NV.split(block)
+        for logits_RV in logits_NV.split(block):
+            yield logits_RV if temperature == 1 else logits_RV.mul_(1 / temperature)
 
 
 @torch.no_grad()
