@@ -75,7 +75,7 @@ def other_rate(run: RunFiles) -> list[Finding]:
         return []
     most = ADAMW_MOST_RATE_TIMES_WIDTH / width if isinstance(width, int) and width > 0 else float("inf")
     if optimizer == "muon" and rate < MUON_LEAST_RATE:
-        other, fix = "AdamW", f"set model.learning_rate to two to four times AdamW's, at least {MUON_LEAST_RATE:g}"
+        other, fix = "AdamW", f"raise model.learning_rate, to {MUON_LEAST_RATE:g} or more"
     elif optimizer == "adamw" and run.setting("model.lora") is None and rate > most:
         other, fix = "Muon", f"lower model.learning_rate, to {most / 2:.1g} or less at this width"
     else:
@@ -85,7 +85,7 @@ def other_rate(run: RunFiles) -> list[Finding]:
             "other optimizer's rate",
             f"The learning rate of {rate:g} is one for {other}, and model.optimizer is {optimizer}.",
             [f"config.yaml: model.optimizer: {optimizer}", f"config.yaml: model.learning_rate: {rate}"],
-            "Muon's updates are as large as AdamW's and bear more: its best rates were two to four times AdamW's",
+            "updates of both have one size, and Muon bears more of it: its best rates were up to four times AdamW's",
             fix,
         )
     ]
