@@ -43,7 +43,7 @@ STREAM_VALIDATION = 256  # rows to validate on where a stream could give any num
 
 
 class DistillationDataModule(L.LightningDataModule):
-    """Text, conversations, completions or tokens for causal language models, packed with the teacher's tokenizer.
+    """Text, conversations, completions or tokens for causal language models, packed with the tokenizers of both.
 
     Args:
         dataset: hub name, local file (text, JSON, JSON lines, Parquet, CSV), folder, glob or package://name/path,
@@ -56,13 +56,14 @@ class DistillationDataModule(L.LightningDataModule):
         format: form of the documents; auto = by their columns: messages; prompt and completion (texts, or lists of
             messages); input_ids, with labels or not; else text.
         completion_only_loss: of conversations and completions, only what the model has to say is a target.
-        chat_template: Jinja file, or template, for conversations; null = the tokenizer's.
+        chat_template: Jinja file, or template, for conversations; null = the tokenizer's. A teacher with a tokenizer of
+            its own has its own.
         chat_template_kwargs: further variables of the template, such as `enable_thinking`.
         validation_split: fraction of the rows to hold out, chosen by `seed`, of a stream's documents by their content;
             or a split of the hub data set; or another local source.
         validation: several sets in its place, name -> the same (a fraction once at most), or a source with the keys of
             a part. Metrics of each are called `val/NAME/...`; totals, and the names without one, are of the first.
-        tokenizer: source of the tokenizer; by default the teacher's.
+        tokenizer: source of the tokenizer, of the teacher's where the student has its own; by default the teacher's.
         sequence_length: tokens per row. Text that is longer goes on in the next row, other documents are cut.
         packing: put documents together into full rows; otherwise each starts a row of its own.
         group_by_length: without packing, form steps of rows of about one length and pad to the longest of a batch.
