@@ -4,8 +4,8 @@ Three students learn from the teacher of quality_teacher.py: one with random wei
 tokens), a dense one made of its experts and one cut to half of its layers, both fitted as the program does it (160
 steps). They learn by AdamW or Muon through the program's own module, data and trainer; the arms are in
 quality_arms.py. A seed draws training rows, their order, held-out rows and random weights, the same for every arm. The
-learning rate is the best of three of KD alone, on a seed of its own, for each student and optimizer. Seconds are of the
-CPU, of the steps alone, on one thread. Every finished run is written at once and skipped the next time. A teacher of
+learning rate is the best of a sweep of KD alone, on a seed of its own, for each student and optimizer. Seconds are CPU
+seconds of the steps alone, on one thread. Every finished run is written at once and skipped the next time. A teacher of
 two million weights shows which way a choice pulls, not how far it would pull a large model.
 
     python benchmarks/quality.py                                  # the main arms of each student, four seeds
