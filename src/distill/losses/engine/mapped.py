@@ -35,6 +35,8 @@ class VocabularyMap:
         class_M: number of each one's class.
         roots_C: the id under which a class is counted, one of its members.
         class_S: number of each id's class; -1 for an id that is one of its own.
+        root_S: the id under which each one's class is counted; itself where it is one of its own.
+        roots_V: the same of `firsts_V`.
     """
 
     student_vocab: int
@@ -44,6 +46,8 @@ class VocabularyMap:
     class_M: Tensor
     roots_C: Tensor
     class_S: Tensor
+    root_S: Tensor
+    roots_V: Tensor
 
     def to(self, device: torch.device) -> Self:
         """The same on another device."""
@@ -70,7 +74,10 @@ def vocabulary_map(firsts: np.ndarray, classes: np.ndarray, teacher_vocab: int, 
     _, firsts_of, class_M = np.unique(of_S[members_M], return_index=True, return_inverse=True)
     class_S = np.full(shared, -1, dtype=np.int64)
     class_S[members_M] = class_M
-    parts = np.where(nowhere_V, 0, led_V), np.flatnonzero(nowhere_V), members_M, class_M, members_M[firsts_of], class_S
+    roots_C, led_V = members_M[firsts_of], np.where(nowhere_V, 0, led_V)
+    root_S = np.arange(shared)
+    root_S[members_M] = roots_C[class_M]
+    parts = led_V, np.flatnonzero(nowhere_V), members_M, class_M, roots_C, class_S, root_S, root_S[led_V]
     return VocabularyMap(shared, *map(torch.from_numpy, parts))
 
 
@@ -153,7 +160,7 @@ def mapped_rows(
     Returns:
         As `dense_rows`.
     """
-    p_RS, mapped_R = target_rows(teacher_RV, tables, inside, ahead, temperature, buffers)
+    p_RS, mapped_R = target_rows(teacher_RV, tables, inside, ahead, temperature, buffers, pooled=ahead is None)
     q_RS = buffers.get(2, *student_RS.shape)
     log_q_RS = log_softmax_(student_RS, temperature, q_RS)
     shares_RM = None
@@ -174,11 +181,11 @@ def mapped_rows(
 
 def target_rows(
     teacher_RV: Tensor, tables: VocabularyMap, inside: Inside | None, ahead: Ahead | None, temperature: float,
-    buffers: Buffers,
+    buffers: Buffers, pooled: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The teacher's distribution on the student's ids in buffer 1, (R, S), and the mass that leads there, (R).
 
-    Args as in `mapped_rows`; buffer 0 is filled too.
+    Args as in `mapped_rows`; buffer 0 is filled too. `pooled`: the mass of each class on its root.
     """
     rows, vocab = teacher_RV.shape
     p_RV = buffers.get(0, rows, vocab)
@@ -186,12 +193,14 @@ def target_rows(
         teacher_RV.mul_(1 / temperature)
     softmax_into(teacher_RV, p_RV)
     p_RV.index_fill_(1, tables.nowhere_U, 0)
-    p_RS = buffers.get(1, rows, tables.student_vocab).zero_().index_add_(1, tables.firsts_V, p_RV)
+    p_RS = buffers.get(1, rows, tables.student_vocab).zero_()
+    p_RS.index_add_(1, tables.roots_V if pooled else tables.firsts_V, p_RV)
     mapped_R = p_RS.sum(-1)
     if inside is not None:
         rows_E = inside.rows_I[inside.nth_E]
         p_E = conditioned(teacher_RV[rows_E, inside.teacher_E].to(p_RS.dtype), inside.nth_E, len(inside.rows_I))
-        p_RS.index_fill_(0, inside.rows_I, 0).index_put_((rows_E, inside.student_E), p_E, accumulate=True)
+        student_E = tables.root_S[inside.student_E] if pooled else inside.student_E
+        p_RS.index_fill_(0, inside.rows_I, 0).index_put_((rows_E, student_E), p_E, accumulate=True)
         mapped_R.index_fill_(0, inside.rows_I, 1)
     whole_R = mapped_R
     if ahead is not None:
@@ -208,26 +217,31 @@ def conditioned(logits_E: Tensor, nth_E: Tensor, count: int) -> Tensor:
 
 
 def _pool(log_q_RS: Tensor, q_RS: Tensor, p_RS: Tensor, tables: VocabularyMap, own_R: Tensor | None) -> Tensor:
-    """Puts the mass of each class on its root, in place, and returns the student's shares within classes, (R, M)."""
+    """Puts the mass of each class on its root, in place, and returns the student's shares within classes, (R, M).
+
+    Without a class that is not pooled, the teacher's is there already.
+    """
     rows, classes, members_M = len(q_RS), len(tables.roots_C), tables.members_M
-    q_RM, p_RM = q_RS.index_select(1, members_M), p_RS.index_select(1, members_M)
-    q_RC, p_RC = (x.new_zeros(rows, classes).index_add_(1, tables.class_M, x) for x in (q_RM, p_RM))
+    q_RM = q_RS.index_select(1, members_M)
+    q_RC = q_RM.new_zeros(rows, classes).index_add_(1, tables.class_M, q_RM)
     log_RC = q_RC.log()
     if q_RC.device.type != "cpu" or bool(q_RC.amin() < LEAST):  # looking costs nothing there: nobody is waited for
         shares_RM, log_RC = _sure_shares(log_q_RS.index_select(1, members_M), tables, classes)
     else:
         shares_RM = q_RM.div_(q_RC.index_select(1, tables.class_M))
+    pooled = [(log_q_RS, log_RC, LOG_FLOOR), (q_RS, q_RC, 0.0)]
     if own_R is None:
-        log_q_RS.index_fill_(1, members_M, LOG_FLOOR)
-        q_RS.index_fill_(1, members_M, 0)
-        p_RS.index_fill_(1, members_M, 0)
+        for x_RS, _, nothing in pooled:
+            x_RS.index_fill_(1, members_M, nothing)
     else:  # the class of each row that is not pooled
+        p_RM = p_RS.index_select(1, members_M)
+        pooled.append((p_RS, p_RM.new_zeros(rows, classes).index_add_(1, tables.class_M, p_RM), 0.0))
         apart_RM = tables.class_M == own_R[:, None]
         apart_RC = torch.arange(classes, device=own_R.device) == own_R[:, None]
-        for x_RS, x_RC, nothing in ((log_q_RS, log_RC, LOG_FLOOR), (q_RS, q_RC, 0.0), (p_RS, p_RC, 0.0)):
+        for x_RS, x_RC, nothing in pooled:
             x_RC.copy_(torch.where(apart_RC, x_RS.index_select(1, tables.roots_C), x_RC))
             x_RS.index_copy_(1, members_M, x_RS.index_select(1, members_M).masked_fill_(~apart_RM, nothing))
-    for x_RS, x_RC in ((log_q_RS, log_RC), (q_RS, q_RC), (p_RS, p_RC)):
+    for x_RS, x_RC, _ in pooled:
         x_RS.index_copy_(1, tables.roots_C, x_RC)
     return shares_RM
 
