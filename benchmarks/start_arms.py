@@ -151,7 +151,7 @@ def plain_cut(layers: list[int]) -> Make:
 CLOSED, FITTED = made(0), made(60)
 MOE = {
     "random": Arm(random_ffns, rate="random"),
-    "best experts / k": Arm(of_experts(least_squares=False)),
+    "best experts / k": Arm(of_experts(least_squares=False), rate="published"),
     "best experts, least squares": Arm(of_experts(least_squares=True)),
     "greedy": Arm(greedy),
     "sequential": Arm(CLOSED),
@@ -161,7 +161,7 @@ MOE = {
     "fitted, equal seconds": Arm(FITTED, equal_s=True),
     "narrow, random": Arm(from_scratch, rate="random"),
     "narrow, principal axes": Arm(made(60, NARROW_WIDTH, NARROW)),
-    "two layers, cut": Arm(plain_cut([0, 3])),
+    "two layers, cut": Arm(plain_cut([0, 3]), rate="published"),
     "two layers, fitted": Arm(made(60, None, None, [0, 3])),
 }
 SMOL_CLOSED, SMOL_FITTED = (made(steps, None, None, SMOL_KEPT) for steps in (0, 10))
