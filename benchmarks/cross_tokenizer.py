@@ -18,7 +18,6 @@ sizes.
 import argparse
 import json
 import logging
-import os
 import sys
 import tempfile
 import time
@@ -28,13 +27,13 @@ from typing import Any
 import lightning as L
 import torch
 from cross_tokenizer_arms import ARMS, STUDENTS, prepare_students
+from measured_runs import load, quiet_trainer, save
 from quality_tables import Runs, by_arm, interval, markdown, paired, shown
 from quality_teacher import LENGTH, prepare
 
 from distill.commands.quiet import quieten
 from distill.data.datamodule import DistillationDataModule
 from distill.training.callbacks.curriculum import Curriculum
-from distill.training.trainer import DistillTrainer
 
 RESULTS = Path(__file__).parent / "results" / "cross_tokenizer.json"
 STEPS, ROWS, WARMUP, HELD_OUT = 60, 4, 6, 32
@@ -79,36 +78,10 @@ def run(student: str, arm: str, seed: int, rate: float, folder: Path) -> dict[st
     weights = {name: 1.0 for name, is_on in on.items() if is_on}
     started = time.process_time()
     with tempfile.TemporaryDirectory() as root:
-        trainer = DistillTrainer(
-            default_root_dir=root,
-            logger=False,
-            callbacks=[Curriculum(temperature=1.0, **weights)],
-            max_steps=STEPS,
-            check_val_every_n_epoch=None,
-            val_check_interval=STEPS,
-            num_sanity_val_steps=0,
-            gradient_clip_val=1.0,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            accelerator="cpu",
-        )
+        trainer = quiet_trainer(STEPS, root, [Curriculum(temperature=1.0, **weights)])
         trainer.fit(module, data)
         found = {name: float(trainer.callback_metrics[f"val/{name}"]) for name in ("bits_per_byte", "kl_div_T1")}
     return {key: round(value, 6) for key, value in (found | {"cpu_s": time.process_time() - started}).items()}
-
-
-def load(path: Path) -> dict[str, Any]:
-    """What was measured so far."""
-    return json.loads(path.read_text()) if path.exists() else {"facts": {}, "runs": []}
-
-
-def save(path: Path, results: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(partial, path)
 
 
 def calm_rate(results: dict[str, Any], student: str) -> float:

