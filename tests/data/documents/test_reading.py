@@ -160,7 +160,16 @@ def test_columns_that_nobody_needs_may_differ(tmp_path, chat_tokenizer, streamin
         ("a.jsonl", '[{"text": "a"}]\n{"text": "b"}\n', r"cannot be read as json \(line 1 is a list and others follow"),
         ("a.jsonl", '{"text": "a"}\n{"text": 3}\n', r"a.jsonl, row 2: text holds no text; correct it"),
         ("a.jsonl", '{"text": "a"}\n{"text": "b \\ud83d"}\n', r"a.jsonl, row 2: text holds no text; correct it"),
-        ("a.csv", "text,n\na,1\nb,2,3\n", "cannot be read as csv"),
+        ("a.csv", "text,n\na,1\nb,2,3\n", r"cannot be read as csv \(line 3 has 3 values for 2 columns"),
+        ("a.csv", "text\nwords, more\nlast, one\n", r"cannot be read as csv \(line 2 has 2 values for 1 columns"),
+        ("a.csv", "n,text\n1,words, more\n2,last, one\n", r"\(line 2 has 3 values for 2 columns"),
+        ("a.csv", 'n,text\n1,"so \\"what\\", twice"\n', r"\(line 2: ',' expected after '\"'\)"),
+        ("a.csv", 'n,text\n1,"half a text\n2,more\n', r"\(line 3: unexpected end of data\)"),
+        ("a.csv", "n,text\n1\n2,more\n", r"\(line 2 has 1 values for 2 columns"),
+        ("a.csv", "text,text\na,b\n", r"\(its first line names text twice\)"),
+        ("a.csv", "text;n\na;1\n", r"\(its columns are separated by ';' and not by ','\)"),
+        ("a.tsv", "text,n\na,1\n", r"\(its columns are separated by ',' and not by '\\t'\)"),
+        ("a.csv", 'words of a document,1\n"more\nof it",2\n', r"'text' is no column of .* \(words of a document, 1\)"),
         ("a.jsonl.gz", "no gzip", "cannot be read as json"),
         ("a.arrow", "no arrow", "cannot be read as arrow"),
     ],
@@ -188,6 +197,25 @@ def test_only_what_is_asked_for_is_decoded(tmp_path):
 def test_nulls_are_left_out_at_every_depth():
     value = {"a": None, "b": [{"c": None, "d": 1}, None], "e": {"f": {"g": None}}}
     assert without_nulls(value) == {"b": [{"d": 1}, None], "e": {"f": {}}}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_another_encoding_is_named(tmp_path, name):
+    content = json.dumps({"text": "Grüße"}, ensure_ascii=False) if name == "a.jsonl" else "text\nGrüße\n"
+    (tmp_path / name).write_text(content, encoding="utf-16")
+    with pytest.raises(UserError, match=rf"{name}' cannot be read as .* \('utf-8' codec .*\); save it as UTF-8"):
+        texts(tmp_path / name)
+
+
+def test_csv_of_many_writers(tmp_path):
+    """An index without a name, a text longer than a field of Python's own reader, blank lines, quotes within a text."""
+    written = ["", "a, b", 'so "what"', "two\nlines", "x" * 300_000, "NA"]
+    pandas.DataFrame({"text": written}).to_csv(tmp_path / "a.csv", lineterminator="\r\n")
+    lines = []
+    assert texts(tmp_path / "a.csv", tell=lines.append) == written
+    assert lines == [f"Data: columns of {str(tmp_path / 'a.csv')!r} that are not read: column 1."]
+    (tmp_path / "b.csv").write_text('n,text,n\n\n1,one "word",2\n\n')  # what nobody needs may stand there twice
+    assert texts(tmp_path / "b.csv") == ['one "word"']
 
 
 def test_windows_text(tmp_path):

@@ -33,7 +33,7 @@ from distill.errors import UserError
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
 
-READ_FORMAT = 1  # part of the cache's key; a change of what is read of a file is a new number
+READ_FORMAT = 2  # part of the cache's key; a change of what is read of a file is a new number
 Tell = Callable[[str], object]
 
 

@@ -157,7 +157,7 @@ def _says(column: str, value: Any) -> bool:
 
 def _missing(column: str, rows: Sequence[Row], here: list[str], source: Any, form: Form) -> UserError:
     keys = {"text": "data.text_column", "messages": "data.messages_column"}
-    listed = ", ".join(here)
+    listed = ", ".join(_shown(here))
     if form in keys:
         return UserError(
             f"{keys[form]}: {column!r} is no column of {source!r} ({listed}); {_remedy(rows, here, column)}"
@@ -176,7 +176,12 @@ def _remedy(rows: Sequence[Row], here: list[str], missing: str) -> str:
     for prompt, completion in PAIRS:
         if prompt in here and completion in here:
             return f"rename {prompt} and {completion} to prompt and completion"
-    return did_you_mean(missing, here)
+    return did_you_mean(missing, _shown(here))
+
+
+def _shown(names: Sequence[str]) -> list[str]:
+    """Names of columns on one line; a table whose first line names none has a document in their place."""
+    return [" ".join(str(name)[:40].splitlines()) for name in names]
 
 
 def _check_text(rows: Sequence[Row], source: Any, columns: tuple[str, ...]) -> None:
@@ -223,4 +228,4 @@ _CHECKS = {
 
 
 def _type(value: Any) -> str:
-    return {int: "int64", float: "float64", bool: "bool"}.get(type(value), "nested data")
+    return {int: "int64", float: "float64", bool: "bool", bytes: "bytes"}.get(type(value), "nested data")

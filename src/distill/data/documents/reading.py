@@ -9,6 +9,7 @@ A file may be compressed (.gz, .bz2, .xz, .zst) and may begin with a byte order 
 
 import bz2
 import codecs
+import csv
 import gzip
 import io
 import json
@@ -90,7 +91,8 @@ def read(path: str | Path, key: str, columns: list[str] | None = None) -> Iterat
         raise
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{key}: {str(path)!r} cannot be read as {kind} ({reason}); repair the file") from error
+        remedy = "save it as UTF-8" if isinstance(error, UnicodeDecodeError) else "repair the file"
+        raise UserError(f"{key}: {str(path)!r} cannot be read as {kind} ({reason}); {remedy}") from error
 
 
 def head(path: Path, key: str) -> list[Row]:
@@ -185,18 +187,39 @@ def _record(record: Any, where: str) -> Row:
 
 def _separated(separator: str) -> Callable[[Path, list[str] | None], Iterator[Row]]:
     def rows(path: Path, columns: list[str] | None) -> Iterator[Row]:
-        """Every value is text: "NA", "007" and "null" are what they say."""
-        import pandas
+        """Every value is text: "NA", "007" and "null" are what they say.
 
-        use = None if columns is None else (lambda name: name in columns)
-        options: dict[str, Any] = {"dtype": str, "keep_default_na": False, "na_filter": False, "usecols": use}
-        with _opened(path) as handle:
-            for frame in pandas.read_csv(
-                handle, sep=separator, encoding="utf-8-sig", chunksize=CHUNK, compression=None, **options
-            ):
-                yield from frame.to_dict("records")
+        A line has a value for each column: commas that nobody quoted would shift a text into its neighbours' places.
+        """
+        csv.field_size_limit(2**31 - 1)  # a document may be longer than the 128 KiB that a field has by default
+        with io.TextIOWrapper(_opened(path), encoding="utf-8-sig", newline="") as handle:
+            lines = csv.reader(handle, delimiter=separator, strict=True)
+            try:
+                names = _names(next(lines, []), separator, columns or [])
+                for values in filter(None, lines):
+                    if len(values) != len(names):
+                        raise ValueError(f"line {lines.line_num} has {len(values)} values for {len(names)} columns")
+                    row = zip(names, values, strict=True)
+                    yield {name: value for name, value in row if columns is None or name in columns}
+            except csv.Error as error:
+                raise ValueError(f"line {lines.line_num}: {error}") from error
 
     return rows
+
+
+def _names(first: list[str], separator: str, needed: list[str]) -> list[str]:
+    """The columns that a table's first line names.
+
+    Raises:
+        ValueError: one that is needed stands there twice, or another character separates them.
+    """
+    for name in needed:
+        if first.count(name) > 1:
+            raise ValueError(f"its first line names {name} twice")
+    other = next((mark for mark in ",;\t|" if len(first) == 1 and mark in first[0]), None)
+    if other is not None:
+        raise ValueError(f"its columns are separated by {other!r} and not by {separator!r}")
+    return [name or f"column {place}" for place, name in enumerate(first, start=1)]  # as an index has none
 
 
 def _parquet(path: Path, columns: list[str] | None) -> Iterator[Row]:
