@@ -2,9 +2,11 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from lightning.fabric.utilities.spike import TrainingSpikeException
 from torch._inductor.exc import InductorError
 
@@ -53,6 +55,32 @@ def test_sentences(error, kind, told):
 @pytest.mark.parametrize("error", [AuditError("gradient"), ValueError("a bug"), KeyError("a"), BrokenPipeError(32, "")])
 def test_what_is_known_already_or_a_bug_stays_as_it_is(error):
     assert explained(error) is None
+
+
+@pytest.mark.parametrize("limit", [0, 1.0])
+def test_a_metric_to_stop_by_that_is_never_measured(config, distill, limit):
+    """Where no validation before training has told."""
+    config["trainer"] |= {"num_sanity_val_steps": 0, "limit_val_batches": limit, "max_steps": 1}
+    config["early_stopping"] = {"class_path": "EarlyStopping", "init_args": {"monitor": "val/kl_dv_T1"}}
+    near = r"did you mean 'val/kl_div_T1'\?" if limit else "nothing is validated, see trainer.limit_val_batches"
+    with pytest.raises(UserError, match=rf"^early_stopping.monitor: val/kl_dv_T1 is not among what .*; {near}$"):
+        distill("fit", config)
+
+
+def test_a_metric_to_choose_by_that_is_never_measured(config, distill):
+    config["trainer"] |= {"num_sanity_val_steps": 0, "max_steps": 1}
+    config["checkpoint"] = {"class_path": "ModelCheckpoint", "init_args": {"monitor": "loss_of_validation"}}
+    with pytest.raises(UserError, match=r"^checkpoint.monitor: loss_of_validation is not among what this run measures"):
+        distill("fit", config)
+
+
+def test_callbacks_with_enumerations_among_their_defaults(config, distill):
+    """`Timer` has one, which no YAML represents."""
+    timer = {"class_path": "lightning.pytorch.callbacks.Timer", "init_args": {"duration": "00:01:00:00"}}
+    config["trainer"] |= {"max_steps": 1, "limit_val_batches": 0, "callbacks": [timer]}
+    run = distill("fit", config | {"checkpoint": None})
+    written = yaml.safe_load(Path(run.trainer.log_dir, "config.yaml").read_text())
+    assert written["trainer"]["callbacks"][0]["init_args"]["interval"] == "step"
 
 
 def test_a_log_that_can_no_longer_be_written_stops_the_run_in_one_line(config, distill, monkeypatch, tmp_path):

@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, LambdaCallback
 from lightning.pytorch.plugins.precision import DoublePrecision
 from torch.utils.data import DataLoader
 
@@ -118,6 +118,15 @@ def test_what_the_loop_says_of_the_first_epoch(fit, question, answers):
     notes = AtTheStart(ask=question)
     fit(notes, val_check_interval=3, max_epochs=1)
     assert [int(answer) for answer in notes.said] == answers
+
+
+@pytest.mark.parametrize(("horizon", "validated"), [(float("inf"), []), (6, [6])])
+def test_the_last_validation(fit, horizon, validated):
+    at: list[int] = []
+    noted = LambdaCallback(on_validation_end=lambda trainer, module: at.append(trainer.global_step))
+    between = lambda trainer: internals.validate_between_steps(trainer, horizon)  # noqa: E731
+    fit(AtTheStart(between), noted, check_val_every_n_epoch=3)
+    assert at == validated
 
 
 def test_a_stop_that_is_not_allowed_yet_does_not_stop_here(fit):

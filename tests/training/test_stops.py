@@ -103,6 +103,41 @@ def test_early_stopping_in_mid_epoch(distill, short):
         assert_goes_on(distill, short, path, unbroken)
 
 
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"check_val_every_n_epoch": 3}, 6),
+        ({"max_epochs": -1, "max_steps": 2, "min_steps": 9}, 2),
+        ({"max_epochs": -1, "max_steps": 2, "min_epochs": 3}, 2),
+        ({"check_val_every_n_epoch": 2, "callbacks": [own("Stop", hook="on_train_batch_end", batch=1)]}, 1),
+    ],
+)
+def test_a_run_ends_with_a_validation_whenever_else_it_has_some(distill, short, options, steps):
+    """Lightning leaves it out of epochs that have none, and until `min_steps` or `min_epochs` are reached."""
+    ended = distill("fit", short | {"trainer": short["trainer"] | options})
+    assert ended.trainer.global_step == steps
+    assert log_of(ended).count("[Eval]") == log_of(ended).count(f"[Eval] Step {steps - 1},") == 1
+    assert last_of(ended).with_name("best.ckpt").resolve().name == f"step={steps}.ckpt"
+    assert torch.load(last_of(ended), weights_only=True)["global_step"] == steps
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # of the callback that is not there now
+def test_weights_alone_are_passed_over_and_refused(distill, short):
+    """Where `checkpoint.save_weights_only` keeps them beside the last whole checkpoint, with more steps than it."""
+    keep = {"monitor": None, "every_n_train_steps": 5, "filename": "weights", "save_weights_only": True}
+    whole = distill("fit", short | {"checkpoint": {"class_path": "ModelCheckpoint", "init_args": keep}})
+    last, weights = last_of(whole), last_of(whole).with_name("weights.ckpt")
+    previous = last.with_name("previous.ckpt")
+    unbroken = weights_of(last)
+    last.unlink()
+    assert find_last([last.parents[1]]) == previous
+    with pytest.raises(UserError, match=r"^ckpt_path: .*weights.ckpt holds weights alone .*; give the run's last.c"):
+        distill("fit", short, "--ckpt_path", str(weights))
+    assert_goes_on(distill, short, previous, unbroken)
+    assert load_student(weights).checkpoint["global_step"] == 5
+    assert distill("validate", short, "--ckpt_path", str(weights)).trainer.callback_metrics["val/loss"] > 0
+
+
 def test_a_stop_by_the_module_itself(distill, short, monkeypatch):
     unbroken = weights_of(last_of(distill("fit", short)))
     true = DistillationModule.on_train_batch_end

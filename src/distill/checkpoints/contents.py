@@ -106,6 +106,23 @@ def check(checkpoint: dict[str, Any], settings: dict[str, Any], state: dict[str,
         rank_zero_warn(f"The configuration differs from the checkpoint's and wins: {', '.join(differing)}.")
 
 
+def check_goes_on(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
+    """Refuses to train on from weights alone.
+
+    Args:
+        checkpoint: that is being loaded.
+        trainer: that loads it.
+
+    Raises:
+        UserError: names the file and what to give instead.
+    """
+    if trainer.training and "callbacks" not in checkpoint:
+        raise UserError(
+            f"ckpt_path: {trainer.ckpt_path} holds weights alone (save_weights_only), from which no run goes on; give "
+            "the run's last.ckpt, or make a model.student of it by distill export"
+        )
+
+
 def record(
     student: PreTrainedModel,
     generation: GenerationConfig,

@@ -140,6 +140,8 @@ def find_last(runs: Iterable[Path]) -> Path | None:
     for run in runs:
         found = (path for path in (run / "checkpoints").glob("*.ckpt") if not path.is_symlink())  # best.ckpt
         for path in sorted(found, key=lambda path: (-_step(path), -path.stat().st_mtime_ns, path.name)):
+            if _step(path) < 0:
+                break  # weights alone, from which nothing goes on
             if is_whole(path):
                 rank_zero_info(f"ckpt_path: last is {path}{_told(run)}")
                 return path
@@ -148,10 +150,14 @@ def find_last(runs: Iterable[Path]) -> Path | None:
 
 
 def _step(path: Path) -> float:
-    """Optimizer steps of a checkpoint; infinite where it cannot be read, so that it is looked at and named."""
+    """Optimizer steps of a checkpoint; infinite where it cannot be read, so that it is looked at and named; -1 of
+    weights alone.
+    """
     try:
         file = path / "meta.pt" if path.is_dir() else path
-        return float(torch.load(file, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        step = float(content["global_step"])
+        return step if "callbacks" in content else -1.0
     except Exception:  # a damaged archive fails in whatever line reads it
         return float("inf")
 

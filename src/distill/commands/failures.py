@@ -9,7 +9,7 @@ from lightning.fabric.utilities.spike import TrainingSpikeException
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from distill.commands.parser import shorten, told
-from distill.errors import RunError, UserError
+from distill.errors import RunError, UserError, did_you_mean
 from distill.training.horizon import check_validation_interval
 
 RESUME = "go on with --ckpt_path last"
@@ -18,6 +18,8 @@ RESUME = "go on with --ckpt_path last"
 def explained(error: Exception) -> UserError | RunError | None:
     """The sentence for what LightningCLI or the trainer raised; None where there is none."""
     text = " ".join(str(error).split())
+    if (unmeasured := _of_monitor(text)) is not None:
+        return unmeasured
     if isinstance(error, ValueError | MisconfigurationException):
         return _of_configuration(error)
     if isinstance(error, ImportError):
@@ -51,6 +53,21 @@ def explained(error: Exception) -> UserError | RunError | None:
             "or set it to false"
         )
     return None
+
+
+def _of_monitor(text: str) -> UserError | None:
+    """A metric to choose or stop by that was not there; Lightning notices at the end of the first validation."""
+    missing = re.search(
+        r"(?:stopping conditioned on metric `|ModelCheckpoint\(monitor=')([^`']+).*(?:following: |metrics: \[)(.*)",
+        text,
+    )
+    if missing is None:
+        return None
+    key = "early_stopping" if text.startswith("Early") else "checkpoint"
+    there = re.findall(r"[\w.-]+(?:/[\w.,-]+)+", missing[2])
+    measured = [name for name in there if name.startswith(("val/", "tasks/"))]
+    near = did_you_mean(missing[1], measured) if measured else "nothing is validated, see trainer.limit_val_batches"
+    return UserError(f"{key}.monitor: {missing[1]} is not among what this run measures; {near}")
 
 
 def _of_configuration(error: Exception) -> UserError | None:

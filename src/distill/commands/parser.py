@@ -81,7 +81,7 @@ def shorten(message: str) -> str:
     if union:
         errors = [error for error in union[1].split(" - ") if "NoneType" not in error]
         given = text.rpartition("Given value: ")[2]
-        kinds = [error.removeprefix("Expected a ") for error in errors]
+        kinds = [re.sub(r"^Expected a |\. Got value: .*", "", error) for error in errors]
         if all(re.fullmatch(KIND, kind) for kind in kinds):
             said = unlike(given, kinds)
         else:
@@ -90,6 +90,7 @@ def shorten(message: str) -> str:
         text = text[: union.start()] + said
     text = re.sub(r"Parser key \"([\w.]+)\"", r"\1", text)
     text = re.sub(r" \(given: (Namespace|NestedArg)\(.*", "", text)  # as Python prints what the user wrote as YAML
+    text = re.sub(r"(has no attribute '\w+'), or Not a valid subclass of .*", r"\1; give its import path", text)
     text = re.sub(r"- Expected a path but \S+ either not accessible or invalid - ", "", text)
     named = "class of that name; give its import path" if "lightning.pytorch" in message else "section; give its keys"
     text = re.sub(r"Expected a dot import path string: ([^\s,]+).*", rf"\1 is no {named}", text)

@@ -25,9 +25,10 @@ def turn_end_findings(tokenizer: Any, chat: Chat, conversations: bool, stops: in
     ends, what = (answer_ends(tokenizer, chat), "answers end") if conversations else (own, "documents end")
     marks = own | set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     if unmarked := sorted(ends - marks):
+        mark = "a token of its own" if tokenizer.eos_token is None else f"for instance with {tokenizer.eos_token!r}"
         return [
             f"data.chat_template: answers end with {tokenizer.decode(unmarked[:1])!r} and no token of their own, so "
-            f"the student never learns to stop: let the template end them, for instance with {tokenizer.eos_token!r}"
+            f"the student never learns to stop: let the template end them, {mark}"
         ]
     if not known or ends <= known:
         return []

@@ -19,11 +19,16 @@ from distill.models.precision import cast, student_dtype
 Kind = TypeVar("Kind", bound=Callback)
 
 
-def validate_between_steps(trainer: L.Trainer) -> None:
+def validate_between_steps(trainer: L.Trainer, horizon: float = float("inf")) -> None:
     """From now on a validation that falls due within an accumulation window waits for the window's end.
 
     Lightning counts micro-batches, whatever an optimizer step is, and a checkpoint written within a window would lose
     the gradients of its micro-batches. What is due is a function of the place alone, so a resumed run finds the same.
+
+    Args:
+        trainer: that has begun.
+        horizon: the step after which the run ends, with a validation, as it does where it is stopped early. Lightning
+            omits that in epochs that have none, and where `min_steps` or `min_epochs` are still to come.
     """
     loop: Any = trainer.fit_loop.epoch_loop
     due = type(loop)._should_check_val_fx.__get__(loop)
@@ -31,7 +36,8 @@ def validate_between_steps(trainer: L.Trainer) -> None:
     def due_by_now(fetcher: Any) -> bool:
         if loop._should_accumulate():
             return False
-        if due(fetcher):
+        last = trainer.global_step >= horizon or stops_here(trainer)
+        if due(fetcher) or (last and trainer.enable_validation):
             return True
         every = trainer.val_check_batch
         if every is None or not loop._should_check_val_epoch():  # None: by the clock, whose time stays up

@@ -280,7 +280,7 @@ class DistillationModule(L.LightningModule):
         for optimizer, scheduler in zip(trainer.optimizers, trainer.lr_scheduler_configs, strict=True):
             configuration_wins(optimizer, scheduler.scheduler, self._configured)
         stop_between_steps(trainer)
-        validate_between_steps(trainer)
+        validate_between_steps(trainer, self._horizon)
         log_each_step_alone(trainer)
         self._sums = StepSums()
 
@@ -322,6 +322,7 @@ class DistillationModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         contents.check(checkpoint, settings(self.options, self.trainer), self.state_dict())
+        contents.check_goes_on(checkpoint, self.trainer)
         self.made = checkpoint["distill"].get("run", {}).get("student_fit")
 
     @classmethod

@@ -1,16 +1,35 @@
 """The callback that writes config.yaml and environment.yaml once a run is known to start."""
 
 import shutil
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.cli import SaveConfigCallback
 
 from distill.errors import RunError
 from distill.training.callbacks.text import run_directory
 from distill.training.trainer import environment
+
+
+def plain(value: Any) -> Any:
+    """A configuration whose enumerations, as the defaults of some of Lightning's callbacks are, have become text.
+
+    Example:
+        >>> from lightning.pytorch.callbacks.timer import Interval
+        >>> plain([{"interval": Interval.step}])
+        [{'interval': 'step'}]
+    """
+    if isinstance(value, Namespace):
+        return Namespace(**{key: plain(inner) for key, inner in vars(value).items()})
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [plain(inner) for inner in value]
+    return value.value if isinstance(value, Enum) else value
 
 
 class SaveConfig(SaveConfigCallback):
@@ -24,6 +43,7 @@ class SaveConfig(SaveConfigCallback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.loggers:
+            self.config = plain(self.config)
             super().setup(trainer, pl_module, "fit")
             self.ours = True
         directory = run_directory(trainer)

@@ -7,6 +7,7 @@ the directory that the logger's name and version make. With several loggers the 
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +48,7 @@ class DistillTrainer(L.Trainer):
                 "trainer.barebones: true has neither loggers, nor checkpoints, nor what the audit reads; leave it out, "
                 "and switch off what is not wanted by its key, such as trainer.logger: false"
             )
+        check_numbers(kwargs)
         self.asked: dict[str, Any] = kwargs  # for `check`, which plans for more devices than it runs on
         self.fresh_directory: str | None = None  # where nothing was before this trainer
         # Students that are cut: made, or read where they were made before, or blank, since a checkpoint fills them.
@@ -102,6 +104,28 @@ class DistillTrainer(L.Trainer):
         version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
         directory = os.path.join(logger.save_dir or self.default_root_dir, str(logger.name), version)
         return self.strategy.broadcast(directory)
+
+
+def check_numbers(options: Mapping[str, Any]) -> None:
+    """Refuses what Lightning divides by, or turns a gradient around with.
+
+    Args:
+        options: of a trainer, by name.
+
+    Raises:
+        UserError: names key, value and remedy.
+    """
+    for key in ("accumulate_grad_batches", "check_val_every_n_epoch"):
+        if isinstance(number := options.get(key), int) and number < 1:
+            raise UserError(f"trainer.{key}: {number}; give at least 1")
+    if options.get("val_check_interval") in (0, 0.0):
+        raise UserError(
+            "trainer.val_check_interval: 0; give micro-batches or a share of an epoch, or switch validation off by "
+            "trainer.limit_val_batches: 0"
+        )
+    clip = options.get("gradient_clip_val")
+    if clip is not None and not clip >= 0:  # nan too
+        raise UserError(f"trainer.gradient_clip_val: {clip} must be above 0 (null = not clipped)")
 
 
 def environment(trainer: L.Trainer) -> dict[str, str | int]:

@@ -38,6 +38,10 @@ class TokenStats:
     targets: Tensor | None = None  # tokens that it is summed over
 
 
+NAMES = (  # of all metrics; those for which there is nothing to divide by are absent
+    *("student_nll", "student_perplexity", "student_entropy", "ece", "bits_per_byte", "kl_div_T1", "top1_agreement"),
+    *("top5_agreement", "acceptance", "teacher_nll", "teacher_perplexity", "teacher_entropy"),
+)
 _OF_TEACHER = ("kl_div", "teacher_nll", "teacher_entropy", "agreement", "top5_agreement", "acceptance")
 
 

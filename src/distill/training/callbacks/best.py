@@ -17,10 +17,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from distill.errors import UserError, did_you_mean
+from distill.losses.engine.metrics import NAMES
 from distill.training.build import vocabularies_of
 from distill.training.callbacks.text import run_directory
 from distill.training.horizon import horizon_of
 from distill.training.lightning_internals import callbacks_of
+from distill.training.module import distilled
 
 MORE_IS_BETTER = re.compile(r"(top\d_agreement|acceptance|acc|acc_norm|exact_match|f1|\w+_retention_percent)(,.*)?")
 
@@ -42,7 +44,9 @@ class BestLink(Checkpoint):
             settle_monitors(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+        if trainer.sanity_checking:
+            check_measured(trainer, distilled(pl_module).components)
+        elif trainer.state.fn == TrainerFn.FITTING:
             self._follow(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -108,6 +112,26 @@ def settle_monitors(trainer: L.Trainer) -> None:
                 f"{key}.monitor: {one.monitor} compares the same ids on both sides, and the student has a tokenizer of "
                 f"its own; set {BETWEEN_TOKENIZERS}"
             )
+
+
+def check_measured(trainer: L.Trainer, components: Iterable[str]) -> None:
+    """Refuses to choose or stop by what the check before training has not measured, while nothing is lost yet.
+
+    Args:
+        trainer: at the end of that check.
+        components: whose losses appear with their weight.
+
+    Raises:
+        UserError: names key and remedy.
+    """
+    measured = [name for name in trainer.callback_metrics if name.startswith("val/")]
+    later = {*components, *NAMES}  # of which a few rows may have none
+    for one in callbacks_of(trainer, ModelCheckpoint) + callbacks_of(trainer, EarlyStopping):
+        monitor = one.monitor or ""
+        if monitor.startswith("val/") and monitor.rpartition("/")[2] not in later and monitor not in measured:
+            key = "checkpoint" if isinstance(one, ModelCheckpoint) else "early_stopping"
+            near = did_you_mean(monitor, measured)
+            raise UserError(f"{key}.monitor: {monitor} is not among what this run measures; {near}")
 
 
 def check_monitors(callbacks: Iterable[Callback], sets: Iterable[str], tasks: bool) -> None:
