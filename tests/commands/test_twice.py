@@ -17,6 +17,9 @@ from distill.errors import UserError
         ('{"a": 1,\n "a": 2}', "a: stands twice, on lines 1 and 2; keep one of them"),
         ("\ufeffa: 1\na: 2\n", "a: stands twice, on lines 1 and 2"),
         ("'a': 1\n# words\na: 2\n", "a: stands twice, on lines 1 and 3"),
+        ("trainer:\n  steps: 1\ndata: x\ntrainer.steps: 2\n", "trainer: stands twice, on lines 1 and 4"),
+        ("trainer.steps: 1\ntrainer:\n  devices: 1\n", "trainer: stands twice, on lines 1 and 2"),
+        ("m:\n  loss: {b: 1}\n  loss.c.d: 2\n", "m.loss: stands twice, on lines 2 and 3"),
     ],
 )
 def test_both_lines_are_named(text, told):
@@ -33,6 +36,7 @@ def test_both_lines_are_named(text, told):
         "1: a\n'1': b\n",
         "a: {b: 1}\nc: {b: 1}\n",
         "- a: 1\n- a: 2\n",
+        "a.b: 1\na.c: 2\nab: 3\n'0.1': 4\n0: 5\n",
         "a: [unclosed\na: 1",
         "plain words: with a colon",
         "",

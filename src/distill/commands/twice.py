@@ -7,7 +7,7 @@ from distill.errors import UserError
 
 
 def refuse_twice(text: str, name: str = "") -> None:
-    """Refuses YAML in which a section has the same key twice, at any depth.
+    """Refuses YAML in which a section has the same key twice, at any depth, be it as `a: {b: 1}` and as `a.b: 1`.
 
     Args:
         text: the YAML; what is none is left to whoever loads it.
@@ -47,3 +47,14 @@ def _twice(node: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, int, i
                 yield f"{prefix}{key.value}", lines[name], line
             lines[name] = line
             yield from _twice(value, f"{prefix}{key.value}.", seen)
+        yield from _dotted(lines, prefix)
+
+
+def _dotted(lines: dict[tuple[str, str], int], prefix: str) -> Iterator[tuple[str, int, int]]:
+    """Sections of which a dotted key stands beside them: the one that comes later would drop the other or win."""
+    for (tag, key), line in lines.items():
+        parts = key.split(".")
+        for depth in range(1, len(parts)):
+            if (section := (tag, ".".join(parts[:depth]))) in lines:
+                first, second = sorted((lines[section], line))
+                yield f"{prefix}{section[1]}", first, second
