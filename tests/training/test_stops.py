@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import lightning.pytorch.callbacks.timer as lightning_timer
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from conftest import log_of
 from distill.checkpoints.files import find_last
 from distill.checkpoints.students import load_student
+from distill.data.datamodule import DistillationDataModule
 from distill.errors import UserError
 from distill.training.module import DistillationModule
 from helpers.clock import Clock
@@ -214,6 +216,14 @@ def test_last_is_by_progress_whatever_the_times_of_files(distill, short):
 def test_a_run_that_trained_nothing_says_so_and_leaves_nothing(distill, short, hook, tmp_path):
     short["trainer"] |= {"callbacks": [own("AtStart", hook=hook)], "num_sanity_val_steps": 1}
     with pytest.raises(UserError, match=r"^trainer: nothing was trained, at step 0 of 6: trainer.max_time was used up"):
+        distill("fit", short)
+    assert not list(tmp_path.glob("lightning_logs/*"))
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `.*` across ranks is zero")
+def test_an_epoch_without_rows_is_refused(distill, short, monkeypatch, tmp_path):
+    monkeypatch.setattr(DistillationDataModule, "train_dataloader", lambda self: DataLoader([]))
+    with pytest.raises(UserError, match=r"^data.dataset: no training rows for this rank, so nothing would be trained"):
         distill("fit", short)
     assert not list(tmp_path.glob("lightning_logs/*"))
 

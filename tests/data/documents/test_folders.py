@@ -49,6 +49,7 @@ SHARDS = ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parque
         (["a.jsonl", "b.jsonl"], ["a.jsonl", "b.jsonl"]),
         (["a.jsonl", "LICENSE", "dataset_infos.json"], ["a.jsonl"]),
         (["part-0.parquet", "_SUCCESS", "_delta_log/0.json"], ["part-0.parquet"]),
+        (["train-00000-of-00001.parquet", "test.jsonl", "notes.txt"], ["train-00000-of-00001.parquet"]),
     ],
     ids=" ".join,
 )
@@ -58,6 +59,18 @@ def test_a_clone_is_read_by_its_training_split_without_its_card(tmp_path, names,
     root = grow(tmp_path / name, *names, card=card)
     assert texts(root) == read
     assert [text for text, _ in streamed(tokenizer, str(root))] == [f"{each}<eos>" for each in read]
+
+
+@pytest.mark.parametrize(
+    ("names", "read"),
+    [
+        (["train/a.parquet", "train/b.jsonl", "dev/a.jsonl", "instruction.md"], ["train/a.parquet", "train/b.jsonl"]),
+        (["a.jsonl", "README.txt", "one.txt", "two.txt"], ["a.jsonl", "one.txt", "two.txt"]),
+    ],
+    ids=" ".join,
+)
+def test_kinds_of_files_do_not_outvote_each_other(tmp_path, names, read):
+    assert texts(grow(tmp_path / "clone", *names)) == read
 
 
 def test_what_is_read_and_what_is_not_is_told(tmp_path):
@@ -125,6 +138,19 @@ def test_folders_that_datasets_saved(tmp_path, tokenizer):
     assert texts(tmp_path / "both") == ["b0", "b1", "b2"]
     assert texts(tmp_path / "both", split="test") == ["a0", "a1", "a2"]
     assert [text for text, _ in streamed(tokenizer, str(tmp_path / "one"))] == [f"a{i}<eos>" for i in range(3)]
+
+
+def test_what_datasets_saved_is_known_by_what_it_wrote_of_it(tmp_path):
+    """Names that tell of no split, and a file that `map` has left there."""
+    first, second = (datasets.Dataset.from_dict({"text": [f"{name}{i}" for i in range(2)]}) for name in "ab")
+    datasets.DatasetDict({"sft": first, "held": second}).save_to_disk(tmp_path / "both")
+    assert texts(tmp_path / "both", split="sft") == ["a0", "a1"]
+    with pytest.raises(UserError, match=r"data.split: 'train', but .* has the splits sft, held; choose one of them"):
+        texts(tmp_path / "both")
+    first.save_to_disk(tmp_path / "one")
+    [saved] = (tmp_path / "one").glob("data-*.arrow")
+    saved.with_name("cache-0123.arrow").write_bytes(saved.read_bytes())
+    assert texts(tmp_path / "one") == ["a0", "a1"]
 
 
 def test_a_folder_without_a_training_split_is_refused(tmp_path):

@@ -65,6 +65,7 @@ def test_compressed_files(tmp_path, suffix, compress):
         '[{"text": "a"}, {"text": "b"}]',
         '[\n  {"text": "a"},\n  {"text": "b"}\n]\n',
         '{"text": ["a", "b"], "n": [1, 2]}'.replace(", ", ",\n"),
+        '{"text": ["a", "b"], "n": [[1], []]}\n',
         '["a", "b"]',
         '"a"\n"b"\n',
     ],
@@ -78,6 +79,13 @@ def test_one_conversation_over_several_lines_is_one_record(tmp_path, chat_tokeni
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
     (tmp_path / "one.json").write_text(json.dumps({"messages": turns}, indent=2))
     assert [learnt for _, learnt in shown(chat_tokenizer, str(tmp_path / "one.json"))] == ["Yo<|im_end|>"]
+
+
+@pytest.mark.parametrize("indent", [None, 1], ids=["one line", "several"])
+def test_one_record_of_lists_is_not_read_by_column(tmp_path, tokenizer, indent):
+    row = {"input_ids": [5, 6, 7], "completion_mask": [0, 1, 1]}
+    (tmp_path / "one.json").write_text(json.dumps(row, indent=indent))
+    assert [learnt for _, learnt in shown(tokenizer, str(tmp_path / "one.json"))] == [tokenizer.decode([6, 7])]
 
 
 def test_csv_holds_text_whatever_it_looks_like(tmp_path):
@@ -150,6 +158,24 @@ def test_columns_that_nobody_needs_may_differ(tmp_path, chat_tokenizer, streamin
     assert [learnt for _, learnt in found] == ["Yo<|im_end|>"] * 242
     assert lines[-1] == f"Data: columns of {str(tmp_path / '*.jsonl')!r} that are not read: meta, n, late."
     assert len(lines) == 2
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+@pytest.mark.parametrize("late", [0, 120], ids=["at once", "late"])
+def test_columns_that_nobody_needs_need_not_have_a_value_in_python(tmp_path, suffix, late):
+    """Databases write dates beyond the year 9999 for what never ends; a map may have a key twice."""
+    count = late + 2
+    ends = pa.array([0] * late + [2**31 - 1] * 2, pa.int32()).cast(pa.date32())
+    twice = pa.array([[("a", 1)]] * late + [[("a", 1), ("a", 2)]] * 2, pa.map_(pa.string(), pa.int64()))
+    table = pa.table({"ends": ends, "text": [f"w{i}" for i in range(count)], "pairs": twice})
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "parquet":
+        parquet.write_table(table, path)
+    else:
+        feather.write_feather(table, path)
+    lines: list[str] = []
+    assert texts(path, tell=lines.append) == [f"w{i}" for i in range(count)]
+    assert lines == [f"Data: columns of {str(path)!r} that are not read: ends, pairs."]
 
 
 @pytest.mark.parametrize(

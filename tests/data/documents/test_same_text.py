@@ -120,6 +120,27 @@ def test_tokens(tmp_path, tokenizer, kind):
     assert len({text for text, _ in expected}) == 2
 
 
+def test_rows_that_lack_what_others_say(tmp_path, tokenizer, chat_tokenizer):
+    """A CSV cell without anything is what a missing key is elsewhere."""
+    masked = [{"input_ids": [5, 6, 7], "completion_mask": [0, 1, 1]}, {"input_ids": [8, 9]}]
+    offered = [{key: ROWS[0][key] for key in ("messages", "tools")}, {"messages": ROWS[2]["messages"]}]
+    for reader, rows in ((tokenizer, masked), (chat_tokenizer, offered)):
+        expected = shown(reader, write(tmp_path, "jsonl", rows), Chat(WHOLE))
+        for kind in ("json", "csv", "parquet"):
+            assert shown(reader, write(tmp_path, kind, rows), Chat(WHOLE)) == expected, kind
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_table_of_the_hub_fills_no_keys_either(chat_tokenizer, monkeypatch, tmp_path, streaming):
+    expected = shown(chat_tokenizer, write(tmp_path, "jsonl", ROWS), Chat(WHOLE))
+    filled = datasets.Dataset.from_list(ROWS)
+    assert "query" in filled[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]
+    there = filled.to_iterable_dataset() if streaming else filled
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: there)
+    read = streamed if streaming else shown
+    assert read(chat_tokenizer, "some/name", Chat(WHOLE)) == expected
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "json.parquet"])
 def test_a_null_that_json_has_stays(tmp_path, chat_tokenizer, kind):
     said = [call("search", query=None), call("search", query={"a": 1})]  # of two types, so that a table has JSON there

@@ -33,7 +33,7 @@ from distill.errors import UserError
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
 
-READ_FORMAT = 2  # part of the cache's key; a change of what is read of a file is a new number
+READ_FORMAT = 3  # part of the cache's key; a change of what is read of a file is a new number
 Tell = Callable[[str], object]
 
 
@@ -190,7 +190,7 @@ def rows_of(tables: Iterable[Table], own: tuple[str, ...], key: str) -> Iterator
             found: Row = dict.fromkeys(own)
             for name, column in columns.items():
                 value = row.get(column)
-                if value is None:
+                if value is None or (value == "" and name not in table.texts):  # CSV has no other null
                     continue
                 if name not in own:
                     raise UserError(

@@ -18,6 +18,7 @@ from distill.errors import UserError
 from distill.sources import resolve
 
 ABOUT = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+CARD = "README.md"
 NAMED = 3  # files that a line names
 
 
@@ -126,26 +127,26 @@ def _folder(folder: Path, key: str, config: str | None) -> Found:
     tables = [path for path in every if suffix_of(path) in TABLES and path.name not in ABOUT]
     about = [path for path in every if path.name in ABOUT or _is_about(path.relative_to(folder), folder, bool(tables))]
     kept = [path for path in every if path not in about]
-    splits: dict[str, list[Path]] = {}
-    if any(suffix_of(path) in (*TABLES, ".txt") for path in kept):
-        splits = _hub_splits(folder, key, config)
-    read = {path for files in splits.values() for path in files}
-    alike = [path for path in kept if suffix_of(path) in {suffix_of(path) for path in read}]
-    if not splits or (set(splits) == {"train"} and len(alike) == len(read)):
-        return Found(kept, left=about)
-    if "train" not in splits and not tables and not _has_card(folder):
-        return Found(kept, left=about)  # texts of which one happens to be called test
-    ordered = [path for files in splits.values() for path in files]
-    return Found(ordered, splits, [path for path in every if path not in read])
+    data = [path for path in kept if path in tables] or [path for path in kept if suffix_of(path) == ".txt"]
+    splits = _hub_splits(folder, data, key, config) if data else {}
+    if not splits or ("train" not in splits and not tables and not _has_card(folder)):
+        return Found(kept, left=about)  # where no split is, or texts of which one happens to be called test
+    read = [path for files in splits.values() for path in files]
+    return Found(read, splits, [path for path in every if path not in set(read)])
 
 
-def _hub_splits(folder: Path, key: str, config: str | None) -> dict[str, list[Path]]:
-    """Split -> files as `datasets` finds them by the card of a folder and by names; empty where it finds none."""
+def _hub_splits(folder: Path, data: list[Path], key: str, config: str | None) -> dict[str, list[Path]]:
+    """Split -> files, as `datasets` tells them by the card of a folder or by names; empty where neither says any."""
     import datasets
+    from datasets.data_files import DataFilesDict, get_data_patterns
 
-    with _without_magic(folder) as plain:
+    with _stand_in(folder, data) as plain:
         try:
-            found = datasets.load_dataset_builder(str(plain), config).config.data_files or {}
+            if config is not None or _names_files(folder):
+                found = datasets.load_dataset_builder(str(plain), config).config.data_files or {}
+            else:  # by names alone: a builder would leave out all kinds of files but the most frequent
+                patterns = get_data_patterns(str(plain))
+                found = {} if [*patterns.values()] == [["**"]] else DataFilesDict.from_patterns(patterns, str(plain))
         except Exception as error:
             text = " ".join(str(error).split())
             if re.search("^Config name is missing|^BuilderConfig .* not found", text):
@@ -156,25 +157,27 @@ def _hub_splits(folder: Path, key: str, config: str | None) -> dict[str, list[Pa
 
 
 @contextmanager
-def _without_magic(folder: Path) -> Iterator[Path]:
-    """The folder, or where its name looks like a pattern another one with the same card and names of files."""
-    if not glob.has_magic(str(folder.resolve())):
-        yield folder.resolve()
-        return
+def _stand_in(folder: Path, data: list[Path]) -> Iterator[Path]:
+    """Another folder with the same card and names of data, and nothing else whose name could tell of a split."""
     with TemporaryDirectory() as place:
         plain = Path(place).resolve()
-        for path in folder.rglob("*"):
+        for path in data:
             copy = plain / path.relative_to(folder)
-            if path.is_dir():
-                copy.mkdir(parents=True, exist_ok=True)
-            else:
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                copy.write_bytes(path.read_bytes() if path.name == "README.md" else b"")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.touch()
+        if (folder / CARD).is_file():
+            (plain / CARD).write_bytes((folder / CARD).read_bytes())
         yield plain
 
 
+def _names_files(folder: Path) -> bool:
+    """Whether the card of a folder says which files are which split."""
+    said = rb"^\s*-?\s*data_(files|dir):"
+    return _has_card(folder) and re.search(said, (folder / CARD).read_bytes(), re.MULTILINE) is not None
+
+
 def _has_card(folder: Path) -> bool:
-    card = folder / "README.md"
+    card = folder / CARD
     return card.is_file() and card.read_bytes().removeprefix(b"\xef\xbb\xbf").startswith(b"---")
 
 
@@ -183,7 +186,7 @@ def _is_about(path: Path, folder: Path, beside_tables: bool) -> bool:
 
     Spark, Arrow and Delta Lake begin the names of their own files and folders with a low line.
     """
-    if path.name == "README.md" and _has_card((folder / path).parent):
+    if path.name == CARD and _has_card((folder / path).parent):
         return True
     plain = path.stem.upper() in ("README", "LICENSE", "LICENCE", "CITATION", "CHANGELOG")
     return beside_tables and (plain or any(part.startswith("_") for part in path.parts))

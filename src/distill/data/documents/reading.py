@@ -15,7 +15,7 @@ import io
 import json
 import lzma
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -96,7 +96,7 @@ def read(path: str | Path, key: str, columns: list[str] | None = None) -> Iterat
 
 
 def head(path: Path, key: str) -> list[Row]:
-    """The first rows of a file with all of their columns."""
+    """The first rows of a file with all of their columns; what cannot be decoded is null there."""
     return list(islice(read(path, key), HEAD))
 
 
@@ -154,8 +154,10 @@ def _json(path: Path, columns: list[str] | None) -> Iterator[Row]:
             if next(lines, None) is not None:
                 raise ValueError(f"line {number} is a list and others follow")
             return
-        yield _record(first, f"line {number}")
-        for number, line in lines:
+        second = next(lines, None)
+        for record in _records(first) if second is None else [first]:
+            yield _record(record, f"line {number}")
+        for number, line in chain([second] if second else [], lines):
             try:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
@@ -168,13 +170,21 @@ def _records(whole: Any) -> Iterator[Any]:
     if isinstance(whole, list):
         yield from whole
         return
-    lists = list(whole.values()) if isinstance(whole, dict) else []
-    turns = any(isinstance(item, dict) and item.keys() & {"role", "from"} for each in lists for item in each or [])
-    if lists and not turns and all(isinstance(each, list) and len(each) == len(lists[0]) for each in lists):
-        for values in zip(*lists, strict=True):
-            yield dict(zip(whole, values, strict=True))
+    if not isinstance(whole, dict) or not _by_columns(whole):
+        yield whole
         return
-    yield whole
+    for values in zip(*whole.values(), strict=True):
+        yield dict(zip(whole, values, strict=True))
+
+
+def _by_columns(whole: Row) -> bool:
+    """Whether an object holds lists by column, and is not one record whose own values are lists."""
+    lists = list(whole.values())
+    if not lists or not all(isinstance(each, list) and len(each) == len(lists[0]) for each in lists):
+        return False
+    turns = any(isinstance(item, dict) and item.keys() & {"role", "from"} for each in lists for item in each)
+    tokens = any(isinstance(item, int) for item in whole.get("input_ids", []))
+    return not turns and not tokens
 
 
 def _record(record: Any, where: str) -> Row:
@@ -229,7 +239,7 @@ def _parquet(path: Path, columns: list[str] | None) -> Iterator[Row]:
     file = parquet.ParquetFile(io.BytesIO(_unpacked(path)) if compressed else str(path))
     known = None if columns is None else [name for name in columns if name in file.schema_arrow.names]
     for batch in file.iter_batches(HEAD if columns is None else CHUNK, columns=known):
-        yield from _plain(batch)
+        yield from _plain(batch, known is None)
 
 
 def _arrow(path: Path, columns: list[str] | None) -> Iterator[Row]:
@@ -248,14 +258,29 @@ def _arrow(path: Path, columns: list[str] | None) -> Iterator[Row]:
         if columns is not None:
             batch = batch.select([name for name in columns if name in batch.schema.names])
         for start in range(0, batch.num_rows, CHUNK):
-            yield from _plain(batch.slice(start, CHUNK))
+            yield from _plain(batch.slice(start, CHUNK), columns is None)
 
 
-def _plain(batch: "pyarrow.RecordBatch") -> Iterator[Row]:
+def _plain(batch: "pyarrow.RecordBatch", whole: bool) -> Iterator[Row]:
+    """Rows as plain values; of whole ones a column that has none, such as a date beyond Python's, is null."""
     kinds = {field.name: field.type for field in batch.schema if "json" in str(field.type)}
-    for row in batch.to_pylist(maps_as_pydicts="strict"):
+    try:
+        rows = batch.to_pylist(maps_as_pydicts="strict")
+    except Exception:  # which of them pyarrow raises depends on the type
+        if not whole:
+            raise
+        columns = {name: _values(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    for row in rows:
         plain = {name: without_nulls(value) for name, value in row.items()}
         yield plain | {name: _from_json(plain[name], kind) for name, kind in kinds.items()}  # whose nulls were written
+
+
+def _values(column: "pyarrow.Array") -> list[Any]:
+    try:
+        return column.to_pylist(maps_as_pydicts="strict")
+    except Exception:  # as above
+        return [None] * len(column)
 
 
 def _from_json(value: Any, kind: Any) -> Any:
