@@ -52,6 +52,41 @@ def test_dialects_read_like_plain_messages(chat_tokenizer, messages, template):
     )
 
 
+CALLS = {
+    "role": "assistant",
+    "tool_calls": [{"type": "function", "function": {"name": "now", "arguments": {"x": 1}}}],
+}
+OFFERED = [{"type": "function", "function": {"name": "now", "parameters": {}}}]
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        (
+            {"messages": [PLAINLY[0], CALLS | {"content": ""}]},
+            "message 2 calls tools, which the template leaves out",
+        ),
+        (
+            {"messages": [*PLAINLY, PLAINLY[0], CALLS | {"content": "Hm"}]},
+            "message 4 calls tools, which the template",
+        ),
+        ({"messages": PLAINLY, "tools": OFFERED}, "it has tools, which the template leaves out; give a template that"),
+    ],
+)
+def test_what_a_template_would_leave_out_is_refused(chat_tokenizer, row, told):
+    """PLAIN knows contents alone, so that a call would be an empty answer."""
+    with pytest.raises(UserError, match=f"^data.chat_template: document 1: {told}"):
+        learnt(chat_tokenizer, row)
+    assert learnt(chat_tokenizer, row, TOOLS)
+
+
+def test_a_template_that_writes_whole_messages_names_no_key_of_theirs(chat_tokenizer):
+    whole = PLAIN.replace("message['content']", "(message | tojson)")
+    text, targets = learnt(chat_tokenizer, {"messages": [PLAINLY[0], CALLS]}, whole)
+    assert '"name": "now"' in targets
+    assert targets in text
+
+
 def spoken(*words: str, **more: dict) -> list[dict]:
     """Turns of user and assistant; a word's further keys come under its name."""
     roles = ("user", "assistant")

@@ -12,7 +12,7 @@ Letters: T tokens of one document.
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from distill.errors import DocumentError, UserError
 from distill.sources import resolve
 
 MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+CHAT_TEMPLATE = "data.chat_template"
 BYTE_ORDER_MARK = "\ufeff"
 Spans = list[tuple[int, int]]  # first character of each stretch of a text, and the one behind it
 
@@ -186,6 +187,7 @@ def rendered(tokenizer: Any, conversation: Conversation, chat: Chat) -> Rendered
             raise
         messages = conversation.as_text()
         text = renderer.text(messages)
+    _check_written(renderer, messages, text)
     if not is_text(text):
         raise DocumentError("it holds half a character, a lone surrogate", "repair or remove it")
     with whole_offsets(tokenizer):
@@ -193,6 +195,21 @@ def rendered(tokenizer: Any, conversation: Conversation, chat: Chat) -> Rendered
     ids_T = np.asarray(encoded["input_ids"], dtype=np.int32)
     starts_T, ends_T = covered(np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2))
     return Rendered(Turns(renderer, messages, text), ids_T, starts_T, ends_T)
+
+
+def _check_written(renderer: Renderer, messages: Sequence[Message], text: str) -> None:
+    """Refuses tools and calls that the template leaves out, so that an answer which is a call would be an empty one.
+
+    A template that names neither may still write a message as it stands; only that needs a second rendering.
+    """
+    remedy = "give a template that writes them, or leave them out"
+    calls = next((place for place, message in enumerate(messages, start=1) if message.get("tool_calls")), None)
+    if calls is not None and "tool_calls" not in renderer.template:
+        silent = [message | {"tool_calls": None} for message in messages]
+        if renderer.text(silent) == text:
+            raise DocumentError(f"message {calls} calls tools, which the template leaves out", remedy, CHAT_TEMPLATE)
+    if renderer.tools and "tools" not in renderer.template and replace(renderer, tools=None).text(messages) == text:
+        raise DocumentError("it has tools, which the template leaves out", remedy, CHAT_TEMPLATE)
 
 
 def encode_conversation(
@@ -267,7 +284,7 @@ def _unstable(index: int) -> DocumentError:
         f"what comes before message {index + 1} or the message itself reads otherwise in the whole conversation, so "
         "completions cannot be told",
         "mark them with {% generation %} in a template of your own, or set data.completion_only_loss to false",
-        "data.chat_template",
+        CHAT_TEMPLATE,
     )
 
 
