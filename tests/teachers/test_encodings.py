@@ -149,10 +149,13 @@ def test_a_thousand_draws_from_disk_are_right_on_average():
     assert abs(values.mean() - value(whole)) < 3 * values.std() / math.sqrt(1000)
 
 
-def test_fewer_ids_than_were_stored_put_the_others_into_the_tail():
-    whole, encoding = dense(320), TopK(20, 2.0, 320)
+@pytest.mark.parametrize("gap", [None, 31.0])
+def test_fewer_ids_than_were_stored_put_the_others_into_the_tail(gap):
+    whole, temperature = dense(320, gap), 2.0 if gap is None else 1.0
+    encoding = TopK(20, temperature, 320)
     fewer = encoding.first(encoding.decode(encoding.encode(whole, 0), whole.head), 5)
-    exact = top_k_targets(whole, 5, 2.0)
+    exact = top_k_targets(whole, 5, temperature)
+    assert gap is None or exact.log_tail_N.max() < -17, "of which fp32 knows nothing beside 1"
     assert torch.equal(fewer.ids_NK, exact.ids_NK)
     torch.testing.assert_close(fewer.log_tail_N, exact.log_tail_N, atol=2e-2, rtol=0)
 

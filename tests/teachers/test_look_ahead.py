@@ -1,9 +1,14 @@
 """What looking ahead moves, against the sums of a few rows by hand."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
+from distill.losses.engine.divergence import KDLoss, reverse_kl
+from distill.losses.engine.mapped import LEAST, mapped_rows, vocabulary_map
+from distill.losses.engine.rows import Buffers
 from distill.models.head import LMHead
 from distill.teachers.look_ahead import LookAhead
 from distill.vocabularies.pair import VocabularyPair
@@ -26,7 +31,16 @@ def changes_of(pair, ids, place, inside, own, label, probs_TV, temperature=1.0, 
     find = LookAhead(pair, **({"smallest": -1.0} | options))
     found = find(logits[pairs.teacher_N], lambda at: logits[at], head, class_S, pairs, temperature)
     moved = {}
-    for row, number, mass in zip(found.rows_H.tolist(), found.student_H.tolist(), found.mass_H.tolist(), strict=True):
+    come = zip(found.rows_H.tolist(), found.student_H.tolist(), found.mass_H.tolist(), strict=True)
+    gone = []
+    for row, number in zip(found.rows_A.tolist(), found.teacher_A.tolist(), strict=True):
+        p, first = (logits[pairs.teacher_N[row]] / temperature).softmax(-1), pair.firsts[number]
+        if seen := inside[row]:
+            whole = pair.teacher.tokens[ids[place[row] + 1]][:seen]
+            left = [i for i, token in enumerate(pair.teacher.tokens) if token and token.startswith(whole)]
+            p, first = p / p[left].sum(), pair.student.first_all([pair.teacher.tokens[number][seen:]])[0]
+        gone.append((row, int(first), -float(p[number])))
+    for row, number, mass in [*come, *gone]:
         key = row, pair.student.tokens[number] or b"<eos>"
         moved[key] = moved.get(key, 0.0) + mass
     return {key: mass for key, mass in moved.items() if abs(mass) > 1e-12}, found, class_S
@@ -103,4 +117,34 @@ def test_rows_hand_out_their_own_changes():
     second = found.of(slice(1, 2))
     assert second.rows_H.unique().tolist() == [0]
     assert len(found.of(slice(0, 2)).rows_H) == len(found.of(slice(0, 1)).rows_H) + len(second.rows_H)
-    assert found.of(slice(0, 2)).mass_H.sum().abs() < 1e-12
+    assert second.mass_H.sum() == pytest.approx(1.0)
+    assert (second.rows_A.tolist(), second.teacher_A.tolist()) == ([0], [t[b"a"]])
+
+
+@pytest.mark.parametrize("gap", [12, 19, 30])
+def test_what_a_sure_token_leaves_is_right_in_fp32(gap):
+    pair = pair_of([], [("a", "b"), ("a", "c")])
+    t, s = pair.teacher.ids, pair.student.ids
+    pairs = pair.pairs(*(np.array(x) for x in ([0, t[b"a"], t[b"b"]], [0], [0], [0], [s[b"ab"]])))
+    logits, student = torch.randn(3, pair.teacher.size), torch.randn(1, pair.student.size)
+    logits[0, t[b"a"]] = logits[1, t[b"b"]] = gap
+    tables = vocabulary_map(pair.firsts, pair.classes, pair.teacher.size, pair.student.size)
+    find, head = LookAhead(pair), LMHead(torch.eye(pair.teacher.size))
+    changes = find(logits[:1], lambda at: logits[at], head, tables.class_S.numpy(), pairs, 1.0)
+    value, gradient = mapped_rows(
+        KDLoss("reverse_kl"), student.clone(), logits[:1].clone(), tables, torch.tensor([True]), None,
+        changes.of(slice(0, 1)), 1.0, Buffers(3, 16, logits, logits.dtype), True,
+    )  # fmt: skip
+    first, second = logits[:2].double().log_softmax(-1)
+    stays = torch.tensor([number for number in range(pair.teacher.size) if number != t[b"b"]])
+    log_p = torch.full((pair.student.size,), math.log(LEAST), dtype=torch.float64)
+    for letter in (b"b", b"c"):
+        log_p[s[letter]] = first[t[letter]]
+    log_p[pair.student.eos] = first[pair.teacher.eos]
+    log_p[s[b"ab"]] = first[t[b"a"]] + second[t[b"b"]]
+    log_p[s[b"a"]] = first[t[b"a"]] + second[stays].logsumexp(0)
+    wide = student.double().requires_grad_()
+    expected = reverse_kl(wide.log_softmax(-1), log_p[None])
+    torch.testing.assert_close(value.double(), expected.detach(), rtol=1e-6, atol=0)
+    theirs = torch.autograd.grad(expected.sum(), wide)[0]
+    assert float((gradient - theirs).norm()) <= 1e-6 * float(theirs.norm())

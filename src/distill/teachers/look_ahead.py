@@ -10,7 +10,7 @@ Both are done for the most probable tokens of a row, on the host and remembered;
 At T = 1 the products are probabilities of texts; at another temperature they are a heuristic.
 
 Shapes: N valid tokens of the student, T positions of the teacher, K tokens of a row that are looked at, V vocabulary of
-the teacher, H changes.
+the teacher, A tokens of rows that do not stay where the tables lead, H shares of their mass.
 """
 
 from collections.abc import Callable
@@ -36,15 +36,19 @@ class Changes:
 
     Args:
         temperature: that it was found at.
-        starts_N: where each token's changes begin, and the number of all; NumPy.
+        starts_2N: where each row's A begin, and the number of all, then likewise of the H; NumPy.
+        rows_A: which of the N.
+        teacher_A: the teacher's id.
         rows_H: which of the N.
-        student_H: the student's id.
-        mass_H: what its probability grows by.
+        student_H: the student's id that mass goes to.
+        mass_H: how much it is.
         class_N: class within which ids stand for themselves; -1 for none.
     """
 
     temperature: float
-    starts_N: np.ndarray
+    starts_2N: np.ndarray
+    rows_A: Tensor
+    teacher_A: Tensor
     rows_H: Tensor
     student_H: Tensor
     mass_H: Tensor
@@ -52,8 +56,15 @@ class Changes:
 
     def of(self, rows: slice) -> Ahead:
         """Those of some tokens."""
-        here = slice(int(self.starts_N[rows.start]), int(self.starts_N[rows.stop]))
-        return Ahead(self.rows_H[here] - rows.start, self.student_H[here], self.mass_H[here], self.class_N[rows])
+        a, h = (slice(int(starts[rows.start]), int(starts[rows.stop])) for starts in self.starts_2N)
+        return Ahead(
+            self.rows_A[a] - rows.start,
+            self.teacher_A[a],
+            self.rows_H[h] - rows.start,
+            self.student_H[h],
+            self.mass_H[h],
+            self.class_N[rows],
+        )
 
 
 class LookAhead:
@@ -94,7 +105,7 @@ class LookAhead:
             self._likely(further_PD, head, _behind(spelling.ids_T, places_P), temperature, None),
             self._likely(hidden_ND, head, _behind(spelling.ids_T, spelling.place_N), temperature, pairs),
         ]
-        at = _Likely.on_host(torch.cat(found), self.smallest)
+        at = _Likely.on_host(torch.cat(found))
         row_of = {place: row for row, place in enumerate(places_P.tolist())}
         inside_row = {n: row for row, n in enumerate(inside_I.tolist(), start=len(places_P))}
         moves = _Moves()
@@ -126,16 +137,17 @@ class LookAhead:
     def _likely(
         self, hidden_XD: Tensor, head: LMHead, own_X: np.ndarray, temperature: float, pairs: Pairs | None
     ) -> Tensor:
-        """Ids, their probabilities and that of the text's own next id, (rows, 2K + 1), on the device.
+        """Ids, their probabilities, those of the text's own next id and of all others, (rows, 2K + 2), on the device.
 
-        With pairs, only the rows that stand inside a token of the teacher, conditioned on what they have seen of it.
+        The probability of an id that is not looked at is -1. With pairs, only the rows that stand inside a token of the
+        teacher, conditioned on what they have seen of it.
         """
         vocab, device = head.vocab_size, hidden_XD.device
         most = min(self.most, vocab)
         size = max(1, _CHUNK_ELEMENTS // vocab)
         dtype = logits_dtype(hidden_XD.dtype, device)
         wide = torch.promote_types(dtype, torch.float32)  # which has room for ids below 2^24
-        found = [hidden_XD.new_zeros(0, 2 * most + 1, dtype=wide)]
+        found = [hidden_XD.new_zeros(0, 2 * most + 2, dtype=wide)]
         rows_X = np.arange(len(hidden_XD)) if pairs is None else pairs.spelling.inside_I
         for start in range(0, len(rows_X), size):
             rows_R = rows_X[start : start + size]
@@ -152,7 +164,12 @@ class LookAhead:
             probs_RV = torch.softmax(logits_RV, -1, out=logits_RV)
             top = probs_RV.topk(most)
             own_R1 = torch.from_numpy(own_X[rows_R]).to(device)[:, None].clamp(max=vocab - 1)
-            found.append(torch.cat([top.indices.to(wide), top.values, probs_RV.gather(1, own_R1)], 1))
+            own_p_R1, looked_RK = probs_RV.gather(1, own_R1), top.values > self.smallest
+            # Summed up by itself: one less what is known would be rounding where that is nearly all.
+            others_RV = probs_RV.scatter_(1, top.indices, top.values.masked_fill(looked_RK, 0)).scatter_(1, own_R1, 0)
+            others_R1 = others_RV.sum(-1, keepdim=True)
+            shown_RK = top.values.masked_fill(~looked_RK, -1)
+            found.append(torch.cat([top.indices.to(wide), shown_RK, own_p_R1, others_R1], 1))
         return torch.cat(found)
 
     def _row(self, n: int, spelling: Spelling, at: "_Likely", row: int, path: list[int], moves: "_Moves") -> int:
@@ -165,23 +182,25 @@ class LookAhead:
             if number != own and token:
                 rest = token[seen:]
                 source = moves.text(_ALONE, rest) if seen else ~int(self.pair.firsts[number])
-                moves.add(n, source, moves.text(before, rest), mass)
+                moves.add(n, source, moves.text(before, rest), mass, number)
         if own < 0:
             return -1
         rest = (tokens[own] or b"")[seen:]
         alone = moves.text(_ALONE, rest)
-        moves.add(n, alone if seen else ~int(self.pair.firsts[own]), _NOWHERE, at.own[row])
+        moves.add(n, alone if seen else ~int(self.pair.firsts[own]), _NOWHERE, at.own[row], own)
         mass, written = at.own[row], rest
         for step, place in enumerate(path):
-            following = int(spelling.ids_T[spelling.place_N[n] + 2 + step]) if step + 1 < len(path) else -1
-            left = 1.0 if following < 0 else 1.0 - at.own[place]
+            behind = int(_behind(spelling.ids_T, spelling.place_N[n] + 1 + step))
+            following = behind if step + 1 < len(path) else -1
+            left = at.others[place] + (at.own[place] if following < 0 and behind not in at.ids[place] else 0.0)
             for number, share in zip(at.ids[place], at.masses[place], strict=True):
+                if number == following:
+                    continue
                 if mass * share <= self.smallest:
-                    break
-                if number != following:
-                    left -= share
-                    token = tokens[number] if number < len(tokens) else None
-                    moves.add(n, _NOWHERE, moves.text(before, written + (token or b"")), mass * share)
+                    left += share
+                    continue
+                token = tokens[number] if number < len(tokens) else None
+                moves.add(n, _NOWHERE, moves.text(before, written + (token or b"")), mass * share)
             if left > 0:
                 moves.add(n, _NOWHERE, moves.text(before, written), mass * left)
             if following >= 0:
@@ -195,7 +214,7 @@ class LookAhead:
         """The moves as changes; a row of which next to nothing would be left stays as the tables have it."""
         to_text = np.array(self._ids(list(moves.numbers)), dtype=np.int64)
         rows, sources, targets = (np.array(x, dtype=np.int64) for x in (moves.rows, moves.sources, moves.targets))
-        masses = np.array(moves.masses)
+        masses, taken_ids = np.array(moves.masses), np.array(moves.taken, dtype=np.int64)
         nowhere = to_text.size
         to_text = np.append(to_text, -1)
         targets = to_text[np.where(targets == _NOWHERE, nowhere, targets)]
@@ -206,23 +225,20 @@ class LookAhead:
         kept = (taken < 1 - 1e-3)[rows] & (sources != targets)
         shared = len(class_S)
         leave, come = kept & (sources >= 0) & (sources < shared), kept & (targets >= 0) & (targets < shared)
-        all_rows = np.concatenate([rows[leave], rows[come]])
-        order = np.argsort(all_rows, kind="stable")
         found = np.where((refined_N >= 0) & (taken < 1 - 1e-3), to_text[refined_N], -1)
         classes = np.where((found >= 0) & (found < shared), class_S[np.clip(found, 0, shared - 1)], -1)
-        ordered = all_rows[order]
-        student = np.concatenate([sources[leave], targets[come]])[order]
-        mass = np.concatenate([-masses[leave], masses[come]])[order]
+        a, h = (np.flatnonzero(x)[np.argsort(rows[x], kind="stable")] for x in (leave, come))
         wide = torch.promote_types(like.dtype, torch.float32)
         parts = (
-            torch.from_numpy(ordered),
-            torch.from_numpy(student),
-            torch.from_numpy(mass).to(wide),
+            torch.from_numpy(rows[a]),
+            torch.from_numpy(taken_ids[a]),
+            torch.from_numpy(rows[h]),
+            torch.from_numpy(targets[h]),
+            torch.from_numpy(masses[h]).to(wide),
             torch.from_numpy(classes),
         )
-        rows_H, student_H, mass_H, class_N = (part.to(like.device, non_blocking=True) for part in parts)
-        starts_N = np.searchsorted(ordered, np.arange(count + 1))
-        return Changes(temperature, starts_N, rows_H, student_H, mass_H, class_N)
+        starts_2N = np.stack([np.searchsorted(rows[x], np.arange(count + 1)) for x in (a, h)])
+        return Changes(temperature, starts_2N, *(part.to(like.device, non_blocking=True) for part in parts))
 
     def _ids(self, texts: list[tuple[int, bytes]]) -> list[int]:
         """The student's id for what is left behind one of its tokens; -1 where it would not have written that token."""
@@ -247,22 +263,24 @@ _NOWHERE = -(1 << 40)
 
 @dataclass(frozen=True, eq=False)
 class _Likely:
-    """The most probable tokens of some rows, on the host, and the probability of the text's own next one."""
+    """The most probable tokens of some rows, on the host, and probabilities of the text's own next one and others."""
 
     ids: list[list[int]]
     masses: list[list[float]]
     own: list[float]
+    others: list[float]
 
     @classmethod
-    def on_host(cls, found: Tensor, smallest: float) -> "_Likely":
-        """Those above a probability."""
+    def on_host(cls, found: Tensor) -> "_Likely":
+        """Those that are looked at, see `LookAhead._likely`."""
         table = found.cpu().double().numpy()
-        most = table.shape[1] // 2
-        ids, masses = table[:, :most].astype(np.int64), table[:, most:-1]
-        counts = (masses > smallest).sum(-1).tolist()
+        most = table.shape[1] // 2 - 1
+        ids, masses = table[:, :most].astype(np.int64), table[:, most:-2]
+        counts = (masses >= 0).sum(-1).tolist()
         return cls(
             [row[:count].tolist() for row, count in zip(ids, counts, strict=True)],
             [row[:count].tolist() for row, count in zip(masses, counts, strict=True)],
+            table[:, -2].tolist(),
             table[:, -1].tolist(),
         )
 
@@ -271,7 +289,8 @@ class _Likely:
 class _Moves:
     """Mass that goes from one of the student's ids to another, most of which are still to be found.
 
-    A target is the number of a text, a source likewise, or ~id; `_NOWHERE` stands for none.
+    A target is the number of a text, a source likewise, or ~id; `_NOWHERE` stands for none. What is taken from a source
+    is the whole of one of the teacher's ids, -1 where the source is none.
     """
 
     numbers: dict[tuple[int, bytes], int] = field(default_factory=dict)
@@ -279,16 +298,18 @@ class _Moves:
     sources: list[int] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
     masses: list[float] = field(default_factory=list)
+    taken: list[int] = field(default_factory=list)
 
     def text(self, before: int, rest: bytes) -> int:
         """Number of a text behind one of the student's tokens."""
         return self.numbers.setdefault((before, rest), len(self.numbers))
 
-    def add(self, row: int, source: int, target: int, mass: float) -> None:
+    def add(self, row: int, source: int, target: int, mass: float, taken: int = -1) -> None:
         self.rows.append(row)
         self.sources.append(source)
         self.targets.append(target)
         self.masses.append(mass)
+        self.taken.append(taken)
 
 
 def _behind(ids_T: np.ndarray, places: np.ndarray) -> np.ndarray:

@@ -24,7 +24,8 @@ INSIDE = Inside(
     torch.tensor([1, 4]), torch.tensor([0, 0, 0, 1, 1]), torch.tensor([3, 5, 6, 0, 9]), torch.tensor([2, 2, 7, 1, 3])
 )
 AHEAD = Ahead(
-    torch.tensor([0, 0, 4]), torch.tensor([1, 4, 2]), torch.tensor([-1e-3, 1e-3, 0.2], dtype=torch.float64),
+    torch.tensor([0, 0, 4, 5]), torch.tensor([1, 9, 9, 0]),  # one that leads nowhere, and one within a token
+    torch.tensor([0, 0, 4]), torch.tensor([1, 4, 2]), torch.tensor([1e-2, 1e-3, 0.2], dtype=torch.float64),
     torch.tensor([0, -1, -1, -1, 1, -1, -1]),
 )  # fmt: skip
 
@@ -37,16 +38,21 @@ def plain_target(teacher_RV: torch.Tensor, temperature: float, inside: Inside | 
     """The target and the mass of each row, entry by entry."""
     p_RV = (teacher_RV / temperature).softmax(-1)
     target = torch.zeros(ROWS, STUDENT, dtype=torch.float64)
+    stays = torch.ones_like(p_RV)
+    if ahead is not None:
+        stays[ahead.rows_A, ahead.teacher_A] = 0
+    mass = torch.zeros(ROWS, dtype=torch.float64)
     for number, student in enumerate(FIRSTS):
         if student < STUDENT:
-            target[:, student] += p_RV[:, number]
-    mass = target.sum(-1)
+            target[:, student] += p_RV[:, number] * stays[:, number]
+            mass += p_RV[:, number]
     if inside is not None:
         for place, row in enumerate(inside.rows_I.tolist()):
             entries = [e for e in range(len(inside.nth_E)) if inside.nth_E[e] == place]
             shares = p_RV[row, inside.teacher_E[entries]]
             target[row], mass[row] = 0, 1
-            for share, student in zip(shares / shares.sum(), inside.student_E[entries], strict=True):
+            left = shares / shares.sum() * stays[row, inside.teacher_E[entries]]
+            for share, student in zip(left, inside.student_E[entries], strict=True):
                 target[row, student] += share
     if ahead is not None:
         for row, student, change in zip(ahead.rows_H, ahead.student_H, ahead.mass_H, strict=True):

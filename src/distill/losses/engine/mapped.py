@@ -3,10 +3,12 @@
 The teacher's probabilities are added up where its ids lead to in the student's vocabulary. Where the student's text has
 a longer token than the teacher would write, a row of the teacher cannot say how its mass parts between that token and
 shorter ones; such ids make up a class, and divergences are between the masses of classes. Within the class of a token
-that was looked ahead to, the row can say it, and its ids stand for themselves.
+that was looked ahead to, the row can say it, and its ids stand for themselves. What looking ahead moves is taken out of
+the teacher's row, never subtracted from a sum: beside a token that is nearly sure, that difference would be rounding.
 
 Shapes: R rows, V teacher's vocabulary, S student's ids, M ids in classes of more than one, C such classes, I rows that
-stand inside a token of the teacher, E pairs of ids, U ids of the teacher that lead nowhere, H changes by looking ahead.
+stand inside a token of the teacher, E pairs of ids, U ids of the teacher that lead nowhere, A of its ids in a row
+that are looked at, H shares of their mass.
 """
 
 from dataclasses import dataclass, replace
@@ -119,12 +121,16 @@ class Ahead:
     """What looking ahead changes in some rows.
 
     Args:
-        rows_H: which row a change belongs to.
-        student_H: the student's id.
-        mass_H: what its probability grows by.
+        rows_A: which row a token belongs to that does not stay where the tables lead.
+        teacher_A: its id, once a row.
+        rows_H: which row a share of their mass belongs to.
+        student_H: the student's id that it goes to.
+        mass_H: how much it is.
         class_R: class within which ids stand for themselves; -1 for none.
     """
 
+    rows_A: Tensor
+    teacher_A: Tensor
     rows_H: Tensor
     student_H: Tensor
     mass_H: Tensor
@@ -193,18 +199,27 @@ def target_rows(
         teacher_RV.mul_(1 / temperature)
     softmax_into(teacher_RV, p_RV)
     p_RV.index_fill_(1, tables.nowhere_U, 0)
+    taken = None if ahead is None else (ahead.rows_A, ahead.teacher_A)
+    if taken is not None:
+        taken_A = p_RV[taken]
+        p_RV.index_put_(taken, p_RV.new_zeros(()))
     p_RS = buffers.get(1, rows, tables.student_vocab).zero_()
     p_RS.index_add_(1, tables.roots_V if pooled else tables.firsts_V, p_RV)
     mapped_R = p_RS.sum(-1)
+    if taken is not None:
+        mapped_R.index_add_(0, taken[0], taken_A)
     if inside is not None:
         rows_E = inside.rows_I[inside.nth_E]
         p_E = conditioned(teacher_RV[rows_E, inside.teacher_E].to(p_RS.dtype), inside.nth_E, len(inside.rows_I))
+        if taken is not None:  # the rows of the teacher are done with, and have room
+            where = rows_E, inside.teacher_E
+            p_E = p_RV.index_put_(where, p_E).index_put_(taken, p_RV.new_zeros(()))[where]
         student_E = tables.root_S[inside.student_E] if pooled else inside.student_E
         p_RS.index_fill_(0, inside.rows_I, 0).index_put_((rows_E, student_E), p_E, accumulate=True)
         mapped_R.index_fill_(0, inside.rows_I, 1)
     whole_R = mapped_R
     if ahead is not None:
-        p_RS.index_put_((ahead.rows_H, ahead.student_H), ahead.mass_H.to(p_RS.dtype), accumulate=True).clamp_min_(0)
+        p_RS.index_put_((ahead.rows_H, ahead.student_H), ahead.mass_H.to(p_RS.dtype), accumulate=True)
         whole_R = p_RS.sum(-1)
     return p_RS.div_(whole_R[:, None].clamp_min(LEAST)), mapped_R
 
