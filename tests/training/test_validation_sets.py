@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,28 @@ def test_the_best_is_linked_and_told_and_a_resumed_run_chooses_the_same(three, d
     assert (again / "best.ckpt").resolve() == (folder / "step=2.ckpt").resolve()
     assert told in capsys.readouterr().out
     assert measured(resumed) == measured(whole)
+
+
+@pytest.mark.filterwarnings("ignore:The curriculum's horizon")
+@pytest.mark.parametrize("same", [True, False])
+def test_a_best_that_was_measured_on_other_rows_is_not_the_one_to_beat(three, distill, same):
+    """By the lowest KL on the first set, which falls; on the conversations it is higher than it was on the river."""
+    sets = three["data"]["validation"]
+    three["early_stopping"] = {"class_path": "lightning.pytorch.callbacks.EarlyStopping"}
+    three["early_stopping"]["init_args"] = {"monitor": "val/kl_div_T1", "patience": 2}
+    config = chosen_by(three, monitor="val/kl_div_T1", mode="min")
+    three["data"]["validation"] = {"wiki": sets["wiki"]}
+    first = distill("fit", config)
+    before = first.trainer.checkpoint_callback.best_model_score
+    three["data"]["validation"] = {name: sets[name] for name in (("wiki", "chat") if same else ("chat", "wiki"))}
+    three["trainer"] |= {"max_steps": 8, "val_check_interval": 4}
+    told = "val/kl_div_T1 is measured on other rows than in the checkpoint, so the best of it begins anew"
+    with nullcontext() if same else pytest.warns(UserWarning, match=told):
+        again = distill("fit", config, "--ckpt_path", str(Path(first.trainer.log_dir, "checkpoints", "last.ckpt")))
+    assert (again.trainer.checkpoint_callback.best_model_score < before) == same
+    folder = Path(again.trainer.log_dir, "checkpoints")
+    assert (folder / "best.ckpt").resolve() == (folder / "step=8.ckpt").resolve()
+    assert again.trainer.early_stopping_callback.wait_count == 0
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,12 @@ class BestLink(Checkpoint):
         if stage == "fit" and vocabularies_of(trainer) is not None:
             settle_monitors(trainer)
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forgets an earlier run's best where `ExactResume`, which comes before, found that it does not compare."""
+        kept = chooser(trainer)
+        if kept is None or kept.best_model_score is None:
+            self.path, self.step = "", None
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking:
             check_measured(trainer, distilled(pl_module).components)

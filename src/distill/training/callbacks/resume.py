@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from distill.batch import Batch
 from distill.errors import UserError
+from distill.training.callbacks.measured_on import forget_others, measured_on
 from distill.training.lightning_internals import (
     begin_next_epoch,
     begin_validation_again,
@@ -62,6 +63,7 @@ class ExactResume(Callback):
         self.trainer: L.Trainer | None = None
         self.loaded: dict[str, Any] | None = None
         self.others: dict[str, Any] = {}  # states of all callbacks in the checkpoint
+        self.measured_on: dict[str, str] = {}  # monitored metric -> digest of its rows
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuses nodes that would go on from different places, since each one looks for the checkpoint by itself.
@@ -96,9 +98,9 @@ class ExactResume(Callback):
         ran = checkpoint.get("distill", {}).get("run", {}).get("trainer", {})
         place_between_steps(checkpoint, ran.get("accumulate_grad_batches", trainer.accumulate_grad_batches))
 
-    def _remember_best(self, trainer: L.Trainer) -> None:
+    def _remember_best(self, trainer: L.Trainer, forgotten: set[Callback]) -> None:
         """The earlier run's best checkpoints stay the ones to beat; Lightning forgets those of another directory."""
-        for callback in trainer.checkpoint_callbacks:
+        for callback in (one for one in trainer.checkpoint_callbacks if one not in forgotten):
             state = self.others.get(callback.state_key, {})
             kept = state.get("best_k_models")
             if not isinstance(callback, ModelCheckpoint) or callback.best_k_models or not kept:
@@ -110,9 +112,10 @@ class ExactResume(Callback):
                 rank_zero_info(f"Best checkpoint so far, with {score}: {state['best_model_path']}")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.measured_on = measured_on(trainer)
         if self.loaded is None:
             return
-        self._remember_best(trainer)
+        self._remember_best(trainer, forget_others(trainer, self.loaded.get("measured_on", {}), self.measured_on))
         if self.loaded["in_validation"]:
             begin_validation_again(trainer)
         begin_next_epoch(trainer)
@@ -133,7 +136,7 @@ class ExactResume(Callback):
         if dist.is_initialized():
             ranks = [None] * dist.get_world_size()
             dist.all_gather_object(ranks, mine)
-        return {"random": ranks, "in_validation": self.before_validation is not None}
+        return {"random": ranks, "in_validation": self.before_validation is not None, "measured_on": self.measured_on}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.loaded = state_dict
