@@ -145,11 +145,11 @@ def test_places_of_a_checkpoint_have_the_names_that_are_put_right(fit):
     assert "state_dict" in loop
 
 
-def place(processed: int, last: bool, epochs: int, total: int | None = None) -> dict[str, Any]:
+def place(processed: int, last: bool, epochs: int, started: int = 2) -> dict[str, Any]:
     """A checkpoint at the end of micro-batch `processed` of the second epoch."""
     names = ("ready", "started", "processed", "completed")
     batches = {"current": dict.fromkeys(names, processed), "total": dict.fromkeys(names, 7 + processed)}
-    progress = {"ready": 2, "started": 2, "processed": epochs, "completed": epochs}
+    progress = {"ready": started, "started": started, "processed": epochs, "completed": epochs}
     return {
         "loops": {
             "fit_loop": {
@@ -170,7 +170,8 @@ def place(processed: int, last: bool, epochs: int, total: int | None = None) -> 
         (place(6, False, 2), place(6, False, 1)),  # an epoch that was broken off and counts as done
         (place(4, False, 2), place(3, False, 1)),
         (place(7, True, 2), place(7, True, 2)),  # the end of an epoch, whose last window is short
-        (place(0, False, 2), place(0, False, 2)),  # before its first batch
+        (place(0, False, 2), place(0, False, 1)),  # an epoch that was left before its first batch
+        (place(0, False, 0, started=0), place(0, False, 0, started=0)),  # before the first epoch
     ],
 )
 def test_places_move_to_the_end_of_the_last_whole_step(before, after):

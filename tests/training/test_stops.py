@@ -76,6 +76,17 @@ def test_a_stop_by_any_callback_waits_for_the_end_of_the_window(distill, short, 
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # of the callback that is not there now
+def test_a_stop_before_the_first_batch_of_an_epoch_skips_none_of_it(distill, short):
+    """Where the end of the epoch before was no checkpoint, since a validation came shortly before it."""
+    short["trainer"]["val_check_interval"] = 2
+    unbroken = weights_of(last_of(distill("fit", short)))
+    callback = own("Stop", hook="on_train_epoch_start", batch=2)
+    stopped = distill("fit", short | {"trainer": short["trainer"] | {"callbacks": [callback]}})
+    assert stopped.trainer.global_step == 3
+    assert_goes_on(distill, short, last_of(stopped), unbroken)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # of the callback that is not there now
 @pytest.mark.parametrize("validation", [True, False])
 def test_the_end_of_max_time_is_one_too(distill, short, monkeypatch, validation):
     if not validation:
@@ -155,9 +166,15 @@ def test_a_stop_by_the_module_itself(distill, short, monkeypatch):
     assert_goes_on(distill, short, last_of(stopped), unbroken)
 
 
-def test_a_checkpoint_written_anywhere_goes_on_from_the_last_whole_step(distill, short, tmp_path):
+@pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_checkpoint_written_anywhere_goes_on_from_the_last_whole_step(distill, short, tmp_path, streaming):
     """As Lightning's own callbacks write them by the clock, or after an error."""
     short |= {"checkpoint": None}
+    if streaming:
+        (tmp_path / "stream.jsonl").write_text("".join(f'{{"text": "{f"word{i} " * 40}"}}\n' for i in range(120)))
+        short["trainer"] |= {"max_steps": 6, "max_epochs": -1, "limit_train_batches": 7}
+        short["data"] |= {"dataset": str(tmp_path / "stream.jsonl"), "streaming": True, "shuffle_buffer": 5}
+        del short["data"]["max_sequences"]
     save = own("SaveEverywhere", folder=str(tmp_path / "saved"))
     whole = distill("fit", short | {"trainer": short["trainer"] | {"callbacks": [save]}})
     unbroken = weights_of(last_of(whole))

@@ -104,7 +104,8 @@ def place_between_steps(checkpoint: dict[str, Any], accumulate: int) -> None:
     """Puts the place in a checkpoint that is about to be loaded at the end of its last whole step.
 
     Lightning's callbacks write wherever they stand: within an accumulation window, whose gradients no checkpoint holds,
-    and after a stop in mid-epoch, where the epoch counts as done and the rest of its rows would be skipped.
+    and after a stop in mid-epoch, or before its first batch, where the epoch counts as done and the rest of its rows
+    would be skipped.
 
     Args:
         checkpoint: of a run; changed in place.
@@ -113,7 +114,7 @@ def place_between_steps(checkpoint: dict[str, Any], accumulate: int) -> None:
     loop = checkpoint["loops"]["fit_loop"]
     batches, epochs = loop["epoch_loop.batch_progress"], loop["epoch_progress"]
     done: int = batches["current"]["processed"]
-    if batches["is_last_batch"] or not done:
+    if batches["is_last_batch"] or not epochs["current"]["started"]:
         return
     if beyond := done % accumulate:
         for counts in (batches["total"], batches["current"]):
