@@ -160,6 +160,20 @@ def test_one_line_names_key_value_and_remedy(config, refused, path, value, messa
     assert re.search(message, refused())
 
 
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_a_measurement_of_no_rows(config, refused, command):
+    key = {"validate": "limit_val_batches", "test": "limit_test_batches"}[command]
+    config["trainer"][key] = 0
+    line = refused(subcommand=command)
+    assert line == f"error: trainer.{key}: 0 leaves nothing to measure; give at least 1, or leave it out"
+
+
+def test_a_configuration_in_another_encoding(refused, tmp_path):
+    (tmp_path / "old.yaml").write_bytes("data: {dataset: früher.txt}\n".encode("latin-1"))
+    line = refused("--config", str(tmp_path / "old.yaml"))
+    assert re.fullmatch(r"error: config: a configuration is no UTF-8 text \(.*\); save it as UTF-8", line)
+
+
 def test_a_key_on_the_command_line_is_not_abbreviated(refused):
     line = refused("--trainer.max_step", "4")
     assert line == "error: trainer.max_step: there is no such key; did you mean 'trainer.max_steps'?"

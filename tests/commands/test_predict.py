@@ -125,11 +125,13 @@ def test_command(run, tmp_path, capsys, monkeypatch):
 def test_refusals(run, tmp_path):
     empty = tmp_path / "empty.txt"
     empty.touch()
+    (old := tmp_path / "latin-1.txt").write_bytes("naïve\n".encode("latin-1"))
     for arguments, message in (
         (["--rows", "0"], "--rows: 0; give 1 or more"),
         (["--temperature", "-1"], "--temperature: -1.0 is below 0"),
         (["--prompt_file", "none.txt"], "--prompt_file: none.txt does not exist"),
         (["--prompt_file", str(empty)], "has no prompts; write one a line"),
+        (["--prompt_file", str(old)], r"latin-1.txt is no UTF-8 text \('utf-8' codec .*\); save it as UTF-8"),
     ):
         with pytest.raises(UserError, match=message):
             command.main([run, *arguments])

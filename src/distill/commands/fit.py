@@ -164,6 +164,8 @@ class DistillCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         try:
             super().parse_arguments(parser, args)
+        except UnicodeDecodeError as error:
+            raise UserError(f"config: a configuration is no UTF-8 text ({error}); save it as UTF-8") from error
         except UserError as error:
             misspelt = re.search(r"does not accept option '([\w.]+)'|[Uu]nrecognized arguments: --([\w.]+)", str(error))
             if misspelt is None:

@@ -214,7 +214,10 @@ def main(arguments: list[str]) -> int:
     if file is not None:
         if file != "-" and not Path(file).is_file():
             raise UserError(f"--prompt_file: {file} does not exist; correct the path")
-        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+        try:
+            text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"--prompt_file: {file} is no UTF-8 text ({error}); save it as UTF-8") from error
         lines = text.removeprefix("\ufeff").splitlines()  # a byte order mark is no text
         prompts += [line for line in lines if line.strip()]
         if not prompts:

@@ -19,6 +19,7 @@ from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins import _PLUGIN_INPUT, AsyncCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
 
 from distill.checkpoints.files import AtomicCheckpointIO, check_writable
 from distill.errors import UserError
@@ -92,6 +93,11 @@ class DistillTrainer(L.Trainer):
 
     def _run(self, model: L.LightningModule, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:
         """Lightning's own, which all its commands end in; models are configured before it looks at the checkpoint."""
+        key = {TrainerFn.VALIDATING: "limit_val_batches", TrainerFn.TESTING: "limit_test_batches"}.get(
+            self.state.fn or TrainerFn.FITTING
+        )
+        if key is not None and getattr(self, key) == 0:
+            raise UserError(f"trainer.{key}: 0 leaves nothing to measure; give at least 1, or leave it out")
         self.students = "made" if ckpt_path is None else "blank"
         return super()._run(model, ckpt_path=ckpt_path, weights_only=weights_only)
 
