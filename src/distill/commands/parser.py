@@ -81,7 +81,8 @@ def shorten(message: str) -> str:
     if union:
         errors = [error for error in union[1].split(" - ") if "NoneType" not in error]
         given = text.rpartition("Given value: ")[2]
-        kinds = [re.sub(r"^Expected a |\. Got value: .*", "", error) for error in errors]
+        # Of a value within the given one, such as a list's item, the sentence is left as it is.
+        kinds = [error.removeprefix("Expected a ").removesuffix(f". Got value: {given}") for error in errors]
         if all(re.fullmatch(KIND, kind) for kind in kinds):
             said = unlike(given, kinds)
         else:
