@@ -1,5 +1,6 @@
 """What `check` and the log say of answers without an end, or with an end where generation goes on."""
 
+import copy
 import json
 
 import pytest
@@ -37,6 +38,14 @@ def test_answers_without_an_end_are_told(chat_tokenizer, template, last, end):
         f"data.chat_template: answers end with {last} and no token of their own, so the student never learns to "
         "stop: let the template end them, for instance with '<eos>'"
     )
+
+
+def test_texts_without_an_end_are_told(tokenizer):
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = None
+    [finding] = turn_end_findings(endless, Chat(), False, None)
+    assert finding.startswith("data.tokenizer: it has no end-of-sequence token, so documents of text end with none")
+    assert turn_end_findings(tokenizer, Chat(), False, None) == []
 
 
 def test_another_end_in_the_generation_config_is_told(chat_tokenizer, end):

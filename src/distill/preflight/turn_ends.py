@@ -30,6 +30,11 @@ def turn_end_findings(tokenizer: Any, chat: Chat, conversations: bool, stops: in
             f"data.chat_template: answers end with {tokenizer.decode(unmarked[:1])!r} and no token of their own, so "
             f"the student never learns to stop: let the template end them, {mark}"
         ]
+    if not conversations and not own:
+        return [
+            "data.tokenizer: it has no end-of-sequence token, so documents of text end with none, and the student "
+            "never learns to stop: name one as eos_token in its tokenizer_config.json"
+        ]
     if not known or ends <= known:
         return []
     end, stop = (tokenizer.convert_ids_to_tokens(min(ids)) for ids in (ends - known, known))
