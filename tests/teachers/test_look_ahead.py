@@ -123,7 +123,7 @@ def test_rows_hand_out_their_own_changes():
 
 @pytest.mark.parametrize("gap", [12, 19, 30])
 def test_what_a_sure_token_leaves_is_right_in_fp32(gap):
-    pair = pair_of([], [("a", "b"), ("a", "c")])
+    pair = pair_of([("a", "a")], [("a", "b"), ("a", "c")])  # the teacher's aa leads to a, too
     t, s = pair.teacher.ids, pair.student.ids
     pairs = pair.pairs(*(np.array(x) for x in ([0, t[b"a"], t[b"b"]], [0], [0], [0], [s[b"ab"]])))
     logits, student = torch.randn(3, pair.teacher.size), torch.randn(1, pair.student.size)
@@ -142,7 +142,7 @@ def test_what_a_sure_token_leaves_is_right_in_fp32(gap):
         log_p[s[letter]] = first[t[letter]]
     log_p[pair.student.eos] = first[pair.teacher.eos]
     log_p[s[b"ab"]] = first[t[b"a"]] + second[t[b"b"]]
-    log_p[s[b"a"]] = first[t[b"a"]] + second[stays].logsumexp(0)
+    log_p[s[b"a"]] = torch.logaddexp(first[t[b"a"]] + second[stays].logsumexp(0), first[t[b"aa"]])
     wide = student.double().requires_grad_()
     expected = reverse_kl(wide.log_softmax(-1), log_p[None])
     torch.testing.assert_close(value.double(), expected.detach(), rtol=1e-6, atol=0)
