@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from distill.models.load import load_tokenizer
 from helpers.chat_templates import PLAIN, UNSTABLE
 
 
@@ -172,6 +173,28 @@ def test_a_configuration_in_another_encoding(refused, tmp_path):
     (tmp_path / "old.yaml").write_bytes("data: {dataset: früher.txt}\n".encode("latin-1"))
     line = refused("--config", str(tmp_path / "old.yaml"))
     assert re.fullmatch(r"error: config: a configuration is no UTF-8 text \(.*\); save it as UTF-8", line)
+
+
+def test_a_seed_that_is_none(config, refused):
+    config["seed_everything"] = -1
+    assert refused() == "error: seed_everything: -1 is out of range; give 0 to 4294967295"
+
+
+def test_tokens_that_were_added_to_a_tokenizer_and_not_to_its_model(config, refused, assets, tmp_path):
+    """The text holds one of them."""
+    teacher = shutil.copytree(assets / "llama", tmp_path / "teacher")
+    tokenizer = load_tokenizer(str(teacher))
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(teacher)
+    (tmp_path / "text.txt").write_text((assets / "text.txt").read_text().replace(" the ", " <more> "))
+    config["model"]["teacher"], config["data"]["dataset"] = str(teacher), str(tmp_path / "text.txt")
+    assert refused().startswith(
+        "error: data.tokenizer: it made ids that are none of a model's: it has more tokens than"
+    )
+
+
+def test_null_is_named_where_a_callback_is_switched_off_by_another_word(refused):
+    assert refused("--train_debug", "false") == "error: train_debug: false is no section; give its keys, or null"
 
 
 def test_a_key_on_the_command_line_is_not_abbreviated(refused):

@@ -1,5 +1,6 @@
 """What the system, torch or Lightning lack or break off with is one line, with an exit code, and no traceback."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,16 @@ from distill.training.module import DistillationModule
             TrainingSpikeException(6),
             RunError,
             "^trainer.callbacks: SpikeDetection has stopped .*batch 6.*--ckpt_path l",
+        ),
+        (
+            PermissionError(30, "Read-only file system", os.path.expanduser("~/.cache/huggingface")),
+            UserError,
+            "^HOME: .*huggingface can't be read or written .Read-only file system.; set XDG_CACHE_HOME to a folder",
+        ),
+        (
+            ValueError("-1 is not in bounds, numpy accepts from 0 to 9"),
+            UserError,
+            "^seed_everything: -1 .*give 0 to 9",
         ),
         (ModuleNotFoundError("Requirement 'wandb>=0.12' not met."), UserError, "^trainer: Requirement 'wandb>=0.12'"),
         (InductorError(RuntimeError("no compiler"), None), UserError, "^model.torch_compile: .*no compiler.*to false$"),

@@ -2,12 +2,14 @@
 
 import io
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from distill.commands import predict as command
-from distill.commands.pair import load_pair, validation_data
+from distill.commands.pair import load_pair, run_teacher, validation_data
 from distill.commands.predict import predict
 from distill.errors import UserError
 from helpers.finished_run import finished_run
@@ -120,6 +122,17 @@ def test_command(run, tmp_path, capsys, monkeypatch):
     assert command.main([run, "--rows", "1", "--max_new_tokens", "4"]) == 0
     out = capsys.readouterr().out
     assert all(word in out for word in ("the text itself", "teacher", "student"))
+
+
+def test_the_teacher_of_a_run_is_the_folder_that_it_was(tmp_path):
+    """Wherever it is asked for: a relative name may be another model's there, or nobody's."""
+    folders = {"folders": {"model.teacher": str(tmp_path)}}
+    student: Any = SimpleNamespace(checkpoint=folders)
+    assert run_teacher(student, "teacher") == str(tmp_path)
+    folders["folders"]["model.teacher"] = str(tmp_path / "gone")
+    assert run_teacher(student, "teacher") == "teacher"
+    student.checkpoint = {}
+    assert run_teacher(student, "a/hub-id") == "a/hub-id"
 
 
 def test_refusals(run, tmp_path):

@@ -175,3 +175,14 @@ def test_mlflow_keeps_the_same_names_in_its_local_store(distill, config, monkeyp
     recorded = float((metrics / "val" / "kl_div_T1").read_text().split()[1])
     assert recorded == pytest.approx(float(cli.trainer.callback_metrics["val/kl_div_T1"]), rel=1e-6)
     assert not (tmp_path / "lightning_logs").exists()
+
+
+def test_a_tilde_is_the_home_of_a_run_too(config, distill, monkeypatch, tmp_path):
+    """As of models, data and exports; no shell expands it behind `=` or in YAML."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    config["trainer"] |= {"max_steps": 1, "limit_val_batches": 0, "default_root_dir": "~/runs"}
+    run = distill("fit", config | {"checkpoint": None})
+    assert run.trainer.log_dir == str(tmp_path / "home" / "runs" / "lightning_logs" / "version_0")
+    again = distill("fit", config | {"checkpoint": None}, "--ckpt_path", "last")
+    assert str(again.trainer.ckpt_path).startswith(str(tmp_path / "home"))
+    assert not (tmp_path / "~").exists()

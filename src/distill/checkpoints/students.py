@@ -142,7 +142,9 @@ def restore(
         lora = LoRA(**described["lora"])
         weights = lora.merged(built(lora.plain(weights), floating), weights).state_dict()
     model = built(weights, dtype or floating)
-    model.generation_config = GenerationConfig.from_dict(dict(described["generation_config"]))
+    generation: Any = GenerationConfig.from_dict(dict(described["generation_config"]))
+    generation._original_object_hash = hash(generation)  # as it was found: only so transformers writes back odd values
+    model.generation_config = generation
     model.config.use_cache = True  # training switched it off, and generation wants it
     return model.eval()
 

@@ -3,6 +3,7 @@
 Another version of them may word it otherwise; its traceback is then shown as it is.
 """
 
+import os
 import re
 
 from lightning.fabric.utilities.spike import TrainingSpikeException
@@ -24,7 +25,17 @@ def explained(error: Exception) -> UserError | RunError | None:
         return _of_configuration(error)
     if isinstance(error, ImportError):
         return UserError(f"trainer: {text}")
+    if isinstance(error, IndexError) and text == "index out of range in self":  # of torch's embeddings
+        return UserError(
+            "data.tokenizer: it made ids that are none of a model's: it has more tokens than the model has rows; take "
+            "the tokens away that were added to it, or give the model rows for them"
+        )
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+        if str(error.filename).startswith(os.path.expanduser("~/.cache")):
+            return UserError(
+                f"HOME: {error.filename} can't be read or written ({error.strerror}); set XDG_CACHE_HOME to a folder "
+                "for caches"
+            )
         where = error.filename or "a file of the run"
         why = error.strerror or text
         return RunError(f"{where} can't be read or written ({why}); put that right, and {RESUME} where it had begun")
@@ -78,6 +89,8 @@ def _of_configuration(error: Exception) -> UserError | None:
             check_validation_interval(int(rare[1]), int(rare[2]))
         except UserError as ours:
             return ours
+    if seed := re.match(r"(-?\d+) is not in bounds, numpy accepts from (\d+) to (\d+)", str(error)):
+        return UserError(f"seed_everything: {seed[1]} is out of range; give {seed[2]} to {seed[3]}")
     if isinstance(error, MisconfigurationException) or re.search("val_check_interval|Does not vali", str(error)):
         return UserError(f"trainer: {shorten(str(error))}")
     return None

@@ -214,7 +214,7 @@ class DistillCLI(LightningCLI):
         if config.get("enable_checkpointing") is False:
             extra = [callback for callback in extra if not isinstance(callback, Checkpoint)]
         if self._get(self.config_init, "ckpt_path") == "last" and self.subcommand not in ("check", "cache"):
-            self._find_last(config.get("default_root_dir") or os.getcwd(), config.get("logger"))
+            self._find_last(os.path.expanduser(config.get("default_root_dir") or os.getcwd()), config.get("logger"))
         if self.subcommand in ("validate", "test", "cache") and config.get("logger") is None:
             config["logger"] = False  # they print what they measure; a run directory would hold nothing else
         here = {"accelerator": "auto", "devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}

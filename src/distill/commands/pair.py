@@ -80,10 +80,8 @@ def load_pair(
     """
     config = run_config(student)
     ran = config.get("model", {})
-    source = teacher or ran.get("teacher")
-    if source is None:
+    if teacher is None and ran.get("teacher") is None:
         raise UserError(f"--teacher: none is given, and {student!r} has no config.yaml of a run beside it; name one")
-    source = teacher_behind(source)
     options: dict[str, Any] = {
         "trust_remote_code": trust_remote_code or ran.get("trust_remote_code", False),
         "allow_pickle": allow_pickle or ran.get("allow_pickle", False),
@@ -93,6 +91,7 @@ def load_pair(
     fabric: Any = L.Fabric(accelerator=accelerator, devices=1, precision=precision)  # type: ignore[arg-type]
 
     loaded = load_other(student, precision, **options)
+    source = teacher_behind(teacher or run_teacher(loaded, ran["teacher"]))
     wanted = ran if teacher is None else {}  # options of the run's own teacher
     dtype = teacher_dtype(wanted.get("teacher_dtype", "auto"), precision, fabric.device.type)
     frozen = OnlineTeacher(
@@ -107,6 +106,12 @@ def load_pair(
     frozen.to(fabric.device)
     loaded.model.to(fabric.device)
     return Pair(loaded, frozen, source, tokenizers, config, fabric, precision)
+
+
+def run_teacher(student: Student, named: str) -> str:
+    """The teacher of a student's run: the folder that it was, wherever this is called, or what the run called it."""
+    folder = student.checkpoint.get("folders", {}).get("model.teacher")
+    return folder if folder is not None and Path(folder).exists() else named
 
 
 def load_other(source: str, precision: str, key: str = "student", **options: Any) -> Student:

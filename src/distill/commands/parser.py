@@ -93,7 +93,9 @@ def shorten(message: str) -> str:
     text = re.sub(r" \(given: (Namespace|NestedArg)\(.*", "", text)  # as Python prints what the user wrote as YAML
     text = re.sub(r"(has no attribute '\w+'), or Not a valid subclass of .*", r"\1; give its import path", text)
     text = re.sub(r"- Expected a path but \S+ either not accessible or invalid - ", "", text)
-    named = "class of that name; give its import path" if "lightning.pytorch" in message else "section; give its keys"
+    named = "section; give its keys, or null"
+    if "lightning.pytorch" in message:
+        named = "class of that name; give its import path"
     text = re.sub(r"Expected a dot import path string: ([^\s,]+).*", rf"\1 is no {named}", text)
     return re.sub(rf"Expected a ({KIND})\. Got value: (.*)", lambda found: unlike(found[2], [found[1]]), text)
 

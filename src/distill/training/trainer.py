@@ -50,6 +50,8 @@ class DistillTrainer(L.Trainer):
                 "and switch off what is not wanted by its key, such as trainer.logger: false"
             )
         check_numbers(kwargs)
+        if isinstance(root := kwargs.get("default_root_dir"), str | Path):
+            kwargs["default_root_dir"] = os.path.expanduser(root)
         self.asked: dict[str, Any] = kwargs  # for `check`, which plans for more devices than it runs on
         self.fresh_directory: str | None = None  # where nothing was before this trainer
         # Students that are cut: made, or read where they were made before, or blank, since a checkpoint fills them.
