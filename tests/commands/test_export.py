@@ -56,12 +56,13 @@ def test_odd_values_of_a_generation_config_are_written_back(run, tmp_path):
     """As many published models have them; transformers refuses to save them but for a configuration as it was found."""
     checkpoint = torch.load(run[0], weights_only=True)
     odd = {"temperature": 0.6, "top_p": 0.9, "max_length": 20}
-    checkpoint["distill"]["student"]["generation_config"] |= odd | {"do_sample": False}
+    checkpoint["distill"]["student"]["generation_config"] |= odd | {"do_sample": False, "use_cache": False}
     torch.save(checkpoint, tmp_path / "odd.ckpt")
     export(str(tmp_path / "odd.ckpt"), str(tmp_path / "student"))
     written = json.loads((tmp_path / "student" / "generation_config.json").read_text())
     assert {key: written.get(key) for key in odd} == odd
     assert not written.get("do_sample")
+    assert written.get("use_cache") is not False, "that training has switched off"
 
 
 @pytest.fixture(scope="module")

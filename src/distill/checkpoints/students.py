@@ -143,6 +143,7 @@ def restore(
         weights = lora.merged(built(lora.plain(weights), floating), weights).state_dict()
     model = built(weights, dtype or floating)
     generation: Any = GenerationConfig.from_dict(dict(described["generation_config"]))
+    generation.use_cache = None if generation.use_cache is False else generation.use_cache  # as below
     generation._original_object_hash = hash(generation)  # as it was found: only so transformers writes back odd values
     model.generation_config = generation
     model.config.use_cache = True  # training switched it off, and generation wants it

@@ -39,6 +39,16 @@ def test_a_second_run_reads_what_the_first_made(tmp_path, monkeypatch):
     assert made_before(teacher, shape, ROWS, FIT, CPU, tmp_path)["layers"] == record["layers"]
 
 
+@pytest.mark.parametrize("shape", [Shape([0, 1], 16), Shape([1], None), Shape([0, 1], None, 8)], ids=str)
+def test_where_a_student_stops_is_where_its_teacher_does(tmp_path, shape):
+    """Whatever was made before of the same weights, of which the names in the cache are."""
+    for stops in ([2, 5], 7):
+        teacher = tiny.tiny_llama()
+        teacher.generation_config.eos_token_id = stops
+        made, _ = cached_student(teacher, shape, ROWS, StudentFit(steps=0), CPU, tmp_path)
+        assert made.generation_config.eos_token_id == stops
+
+
 @pytest.mark.parametrize("what", ["weight", "rows", "steps", "shape", "products"])
 def test_another_teacher_data_or_option_is_another_student(what, monkeypatch):
     teacher, shape, rows, fit = tiny.tiny_llama(), Shape([0], 16), ROWS, FIT

@@ -5,6 +5,7 @@ how it is fitted, the calibration rows, the kind of device and its products. One
 others of the machine wait; it appears whole or not at all, so one that was killed is made again from the start.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -128,4 +129,5 @@ def _read(target: Path, teacher: PreTrainedModel) -> PreTrainedModel:
             target, dtype=torch.float32, attn_implementation=teacher.config._attn_implementation
         )
     student.config.use_cache = False
+    student.generation_config = copy.deepcopy(teacher.generation_config)  # which the name does not depend on
     return student.requires_grad_(True).train()

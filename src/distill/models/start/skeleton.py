@@ -60,9 +60,11 @@ def student_config(teacher: PreTrainedModel, kept: list[int], width: int | None,
 def build(config: Any, teacher: PreTrainedModel) -> PreTrainedModel:
     """A model of a configuration in fp32, with random weights, on the device that is the default."""
     options = {"dtype": torch.float32, "attn_implementation": teacher.config._attn_implementation}
-    if type(config) is type(teacher.config):
-        return type(teacher)._from_config(config, **options)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)
+    same = type(config) is type(teacher.config)
+    model: PreTrainedModel = (type(teacher)._from_config if same else AutoModelForCausalLM.from_config)(
+        config, **options
+    )
+    model.generation_config = copy.deepcopy(teacher.generation_config)  # where it stops, among others
     return model
 
 
