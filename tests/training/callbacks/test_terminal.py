@@ -69,6 +69,13 @@ def test_without_a_validation_before_training_no_column_claims_it(fit, options, 
     assert re.split(r"\s*┃\s*", heading)[2:-1] == headings
 
 
+def test_a_run_without_validation_says_where_it_is(fit, tmp_path):
+    out, err = fit(limit_val_batches=0)
+    assert not CHATTER.search(out + err)
+    assert out.rstrip().splitlines()[-1] == f"Run directory: {tmp_path}/lightning_logs/version_0"
+    assert "┏" not in out
+
+
 def test_a_terminal_has_a_bar_until_the_table(fit, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "160")

@@ -77,8 +77,18 @@ class Evaluation(Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if (stopped := stopped_early(trainer)) is not None:
             emit(trainer, self.directory, f"\n{stopped}\n")
-        if not self.last or not trainer.is_global_zero:
+        if not trainer.is_global_zero:
             return
+        if self.last:
+            self._print_table(trainer)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for best in filter(None, (c.told(trainer) for c in callbacks if isinstance(c, BestLink))):
+            Console().print(best, soft_wrap=True, highlight=False, markup=False)
+        if self.directory is not None:
+            Console().print(f"Run directory: {Path(self.directory).absolute()}", soft_wrap=True, highlight=False)
+
+    def _print_table(self, trainer: L.Trainer) -> None:
+        """The last validation beside the first one and the teacher."""
         several = self.first is not self.last
         columns = {"after" if several else f"step {trainer.global_step:,}": self.last}
         if several:
@@ -95,11 +105,6 @@ class Evaluation(Callback):
             if name in self.last:
                 table.add_row(name, *(shown(values.get(name)) for values in columns.values()))
         Console().print(table)
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        for best in filter(None, (c.told(trainer) for c in callbacks if isinstance(c, BestLink))):
-            Console().print(best, soft_wrap=True, highlight=False, markup=False)
-        if self.directory is not None:
-            Console().print(f"Run directory: {Path(self.directory).absolute()}", soft_wrap=True, highlight=False)
 
 
 def rows_of(metrics: Mapping[str, float]) -> list[str]:
