@@ -3,14 +3,16 @@
 import csv
 import importlib.util
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from distill.commands import export
 from distill.errors import UserError
-from distill.evaluation import harness
+from distill.evaluation import harness, tasks
 from distill.models.load import load_model, load_tokenizer
 from helpers import local_task
 
@@ -21,15 +23,16 @@ def run(config, distill, monkeypatch):
     measured: list[str] = []
     scores = iter([0.3, 0.9, 0.6, 0.5, 0.4])
 
-    def run_tasks(manager, models, tokenizers, tasks, limit, batch_size):
+    def run_tasks(manager, models, tokenizers, tasks, limit, batch_size, bars):
         (model,) = models.values()
         torch.rand(3)  # a task may draw
         teacher = not any(p.requires_grad for p in model.parameters())
         measured.append("teacher" if teacher else "student")
+        bars.write("\rRunning loglikelihood requests:  50%|#####     | 3/6 [00:00<00:00, 61.2it/s]")
         acc = 0.8 if teacher else next(scores)
         return {"toy": {"model": {"acc": acc, "acc_stderr": 0.01, "exact_match,strict": acc / 2, "byte_nll": 3.0}}}
 
-    monkeypatch.setattr(harness, "open_tasks", lambda tasks, folder, keys: object())
+    monkeypatch.setattr(harness, "open_tasks", lambda tasks, folder, keys: (object(), tasks))
     monkeypatch.setattr(harness, "run_tasks", run_tasks)
     config["trainer"] |= {"max_steps": 8, "val_check_interval": 2, "num_sanity_val_steps": 0}
 
@@ -102,6 +105,52 @@ def test_refusals(run):
     ):
         with pytest.raises(UserError, match=re.escape(told)):
             run(harness=given)
+
+
+@pytest.mark.parametrize("key", ["checkpoint", "early_stopping"])
+def test_a_task_that_is_not_run_cannot_choose(run, key):
+    name = "ModelCheckpoint" if key == "checkpoint" else "EarlyStopping"
+    how = {
+        "class_path": f"lightning.pytorch.callbacks.{name}",
+        "init_args": {"monitor": "tasks/toi/acc", "mode": "max"},
+    }
+    told = f"{key}.monitor: tasks/toi/acc, but no task toi is run; did you mean 'toy'?"
+    with pytest.raises(UserError, match=re.escape(told)):
+        run(harness=TOY, **{key: how})
+
+
+def test_a_score_that_no_task_has_is_named_beside_those_that_are_there(run):
+    how = BY_TASK | {"init_args": BY_TASK["init_args"] | {"monitor": "tasks/toy/akk"}}
+    told = "checkpoint.monitor: tasks/toy/akk is not among what this run measures; did you mean 'tasks/toy/acc'?"
+    with pytest.raises(UserError, match=re.escape(told)):
+        run(harness=TOY, checkpoint=how)
+
+
+def test_a_line_where_no_terminal_shows_the_bars_of_tasks(run, capsys):
+    run(harness=TOY, progress_lines={"every_seconds": 1e-9})
+    out = capsys.readouterr().out
+    assert "Step 2 of 8, tasks of the student: 3 of 6 requests" in out
+    assert "Step 2 of 8, tasks of the teacher: 3 of 6 requests" in out
+
+
+def test_tasks_whose_data_are_out_of_reach_are_told_before_a_model_is_loaded(monkeypatch):
+    class Index:
+        all_tasks = ("arc_easy",)
+
+        def __init__(self, include_path):
+            pass
+
+        def load(self, names):
+            raise ConnectionError(f"Couldn't reach the data of {names[0]}\non the hub")
+
+    for name in ("lm_eval", "lm_eval.tasks"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(TaskManager=Index))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    told = (
+        "harness.tasks: arc_easy can't be loaded (Couldn't reach the data of arc_easy on the hub); connect to the hub"
+    )
+    with pytest.raises(UserError, match=re.escape(told)):
+        tasks.open_tasks(["arc_easy"], None, ("harness.tasks", "harness.task_folder"))
 
 
 def test_what_to_install_is_said_before_a_model_is_loaded(config, distill, monkeypatch):

@@ -101,7 +101,7 @@ def evaluate(
     if names := list(tasks):
         from distill.evaluation.tasks import open_tasks, run_tasks
 
-        manager = open_tasks(names, task_folder)
+        manager, _ = open_tasks(names, task_folder)
     options = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     pair = load_pair(student, teacher, precision=precision, accelerator=accelerator, **options)
     students = {"student": pair.student} | _baselines(pair, baselines or {}, options)

@@ -76,7 +76,7 @@ def _of_monitor(text: str) -> UserError | None:
         return None
     key = "early_stopping" if text.startswith("Early") else "checkpoint"
     there = re.findall(r"[\w.-]+(?:/[\w.,-]+)+", missing[2])
-    measured = [name for name in there if name.startswith(("val/", "tasks/"))]
+    measured = [name for name in there if name.startswith(("val/", "tasks/")) and name != missing[1]]
     near = did_you_mean(missing[1], measured) if measured else "nothing is validated, see trainer.limit_val_batches"
     return UserError(f"{key}.monitor: {missing[1]} is not among what this run measures; {near}")
 

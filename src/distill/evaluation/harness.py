@@ -9,7 +9,9 @@ measured once a run, and `tasks/TASK/METRIC_retention_percent`, the student's sc
 """
 
 import copy
+import io
 import random
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, final
@@ -23,9 +25,11 @@ from transformers import PreTrainedModel
 
 from distill.errors import UserError
 from distill.evaluation.tasks import SEED, open_tasks, run_tasks
-from distill.training.callbacks.best import MORE_IS_BETTER
+from distill.training.callbacks.best import MORE_IS_BETTER, check_tasks
+from distill.training.callbacks.progress_lines import ProgressLines
 from distill.training.callbacks.resume import random_state, set_random_state
 from distill.training.horizon import horizon_of
+from distill.training.lightning_internals import callbacks_of
 from distill.training.module import DistillationModule, distilled
 
 Scores = dict[str, dict[str, float]]  # task -> metric -> value
@@ -70,7 +74,9 @@ class Harness(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Finds the tasks before any model is loaded."""
         if stage == "fit":
-            self.manager = open_tasks(self.tasks, self.task_folder, ("harness.tasks", "harness.task_folder"))
+            keys = ("harness.tasks", "harness.task_folder")
+            self.manager, names = open_tasks(self.tasks, self.task_folder, keys)
+            check_tasks(trainer, names)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
@@ -117,8 +123,8 @@ class Harness(Callback):
         own = getattr(data, "tokenizers", None)
         tokenizer = own.teacher if of_teacher and own is not None else data.tokenizer
         tokenizers = {"model": copy.deepcopy(tokenizer)}  # the harness gives it a token that pads
-        rows = data.per_device_batch_size
-        found = run_tasks(self.manager, {"model": model}, tokenizers, self.tasks, self.limit, rows)
+        rows, bars = data.per_device_batch_size, _Bars(trainer, "teacher" if of_teacher else "student")
+        found = run_tasks(self.manager, {"model": model}, tokenizers, self.tasks, self.limit, rows, bars)
         return {task: by_model["model"] for task, by_model in found.items()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -129,6 +135,20 @@ class Harness(Callback):
         if state_dict["asked"] == {"tasks": self.tasks, "limit": self.limit}:
             self.validations, self.teacher = state_dict["validations"], state_dict["teacher"]
             self.figures = state_dict["figures"]
+
+
+class _Bars(io.StringIO):
+    """What the harness's bars say, as lines of `ProgressLines`, where there is no terminal for them."""
+
+    def __init__(self, trainer: L.Trainer, of: str) -> None:
+        super().__init__()
+        self.trainer, self.of = trainer, of
+
+    def write(self, text: str) -> int:
+        if (at := re.search(r"requests:.*\| (\d+)/(\d+) \[", text)) is not None:
+            for lines in callbacks_of(self.trainer, ProgressLines):
+                lines.tell(self.trainer, f"tasks of the {self.of}: {at[1]} of {at[2]} requests")
+        return len(text)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from transformers import PreTrainedModel
 
@@ -23,16 +23,19 @@ SEED = 1234  # of few-shot examples, as the harness's own command has it
 
 def open_tasks(
     tasks: Sequence[str], folder: str | None = None, keys: tuple[str, str] = ("--tasks", "--task_folder")
-) -> Any:
-    """The harness's index of tasks, once it is sure that it has these: before any model is loaded.
+) -> tuple[Any, list[str]]:
+    """The harness's index of tasks, once it is sure that it has these and their data: before any model is loaded.
 
     Args:
         tasks: names of tasks or groups, the harness's own or those of `folder`.
         folder: with task files of one's own.
         keys: what error messages call the two.
 
+    Returns:
+        The index, and the names of all tasks and groups that these stand for.
+
     Raises:
-        UserError: the harness is not installed, no such task or folder.
+        UserError: the harness is not installed, no such task or folder, or data that can't be had.
     """
     if missing := [name for name in ("lm_eval", "accelerate") if importlib.util.find_spec(name) is None]:
         raise UserError(
@@ -49,7 +52,17 @@ def open_tasks(
         raise UserError(
             f"{keys[0]}: {unknown[0]!r} is no task; {near if near.startswith('did') else 'see `lm_eval --tasks list`'}"
         )
-    return manager
+    names: list[str] = []
+    for name in tasks:
+        try:
+            loaded = manager.load([name])
+        except Exception as error:  # of the hub's client, of datasets, or of a task's own code
+            why = " ".join(str(error).split())
+            raise UserError(
+                f"{keys[0]}: {name} can't be loaded ({why}); connect to the hub, or put the task right"
+            ) from error
+        names += [*loaded["tasks"], *loaded["groups"]]
+    return manager, names
 
 
 def run_tasks(
@@ -59,6 +72,7 @@ def run_tasks(
     tasks: Sequence[str],
     limit: int | None = None,
     batch_size: int = 4,
+    bars: TextIO | None = None,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Every model's results on every task.
 
@@ -69,6 +83,7 @@ def run_tasks(
         tasks: names of tasks or groups.
         limit: examples per task; all when None.
         batch_size: rows at a time.
+        bars: what the harness's bars are written to where there is no terminal; nothing when None.
 
     Returns:
         Task -> model -> metric -> value, standard errors as `METRIC_stderr` where the harness has them.
@@ -77,8 +92,8 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM
 
     found: dict[str, dict[str, dict[str, float]]] = {}
-    bars = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
-    with bars, quiet_transformers():
+    elsewhere = nullcontext() if sys.stderr.isatty() else redirect_stderr(bars or io.StringIO())
+    with elsewhere, quiet_transformers():
         for name, model in models.items():
             wrapped = HFLM(pretrained=model, tokenizer=tokenizers[name], batch_size=batch_size)
             loaded = manager.load(list(tasks))

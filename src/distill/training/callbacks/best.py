@@ -116,7 +116,7 @@ def settle_monitors(trainer: L.Trainer) -> None:
             key = "checkpoint" if isinstance(one, ModelCheckpoint) else "early_stopping"
             raise UserError(
                 f"{key}.monitor: {one.monitor} compares the same ids on both sides, and the student has a tokenizer of "
-                f"its own; set {BETWEEN_TOKENIZERS}"
+                f"its own; set {one.monitor.rpartition('/')[0]}/bits_per_byte"
             )
 
 
@@ -164,3 +164,22 @@ def check_monitors(callbacks: Iterable[Callback], sets: Iterable[str], tasks: bo
             raise UserError(f"{key}.monitor: {one.monitor}, but no validation set is called {parts[0]}; {near}")
         if first == "tasks" and not tasks:
             raise UserError(f"{key}.monitor: {one.monitor}, but no task is run; name it in harness.tasks")
+
+
+def check_tasks(trainer: L.Trainer, tasks: Iterable[str]) -> None:
+    """Refuses to choose or stop by a task that is not run.
+
+    Args:
+        trainer: whose callbacks choose or stop.
+        tasks: all that are run, groups among them.
+
+    Raises:
+        UserError: names key and remedy.
+    """
+    for one in callbacks_of(trainer, ModelCheckpoint) + callbacks_of(trainer, EarlyStopping):
+        task = re.fullmatch(r"tasks/(.+)/[^/]+", one.monitor or "")
+        if task is not None and task[1] not in (names := list(tasks)):
+            key = "checkpoint" if isinstance(one, ModelCheckpoint) else "early_stopping"
+            raise UserError(
+                f"{key}.monitor: {one.monitor}, but no task {task[1]} is run; {did_you_mean(task[1], names)}"
+            )

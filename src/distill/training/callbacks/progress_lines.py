@@ -78,12 +78,17 @@ class ProgressLines(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if trainer.state.fn == "fit" and self._is_due(trainer):
+        if trainer.state.fn == "fit":
             batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
-            self._print(trainer, f"validating: batch {batch_idx + 1} of {batches[dataloader_idx]}")
+            self.tell(trainer, f"validating: batch {batch_idx + 1} of {batches[dataloader_idx]}")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.measured += time.monotonic() - self.away
+
+    def tell(self, trainer: L.Trainer, what: str) -> None:
+        """Prints what the run does between two steps, where a line is due."""
+        if self._is_due(trainer):
+            self._print(trainer, what)
 
     def _is_due(self, trainer: L.Trainer) -> bool:
         late = time.monotonic() - self.printed >= self.every_seconds
