@@ -80,8 +80,9 @@ def test_a_metric_to_stop_by_that_is_never_measured(config, distill, limit):
 
 def test_a_metric_to_choose_by_that_is_never_measured(config, distill):
     config["trainer"] |= {"num_sanity_val_steps": 0, "max_steps": 1}
-    config["checkpoint"] = {"class_path": "ModelCheckpoint", "init_args": {"monitor": "loss_of_validation"}}
-    with pytest.raises(UserError, match=r"^checkpoint.monitor: loss_of_validation is not among what this run measures"):
+    config["checkpoint"] = {"class_path": "ModelCheckpoint", "init_args": {"monitor": "val/los"}}
+    near = r"did you mean 'val/loss'\?"
+    with pytest.raises(UserError, match=rf"^checkpoint.monitor: val/los is not among what this run measures; {near}$"):
         distill("fit", config)
 
 

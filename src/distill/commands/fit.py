@@ -200,6 +200,9 @@ class DistillCLI(LightningCLI):
         keys = [*CALLBACKS, "checkpoint", "last_checkpoint", "early_stopping"]
         chosen = [self._get(self.config_init, key) for key in keys]
         kept = keys.index("checkpoint")
+        best, trains = chosen[kept], self._get(self.config_init, "trainer", default={})
+        if trains.get("limit_val_batches") == 0 and (getattr(best, "monitor", None) or "").startswith("val/"):
+            chosen[kept] = None  # which Lightning would ask for in vain after each epoch
         if isinstance(chosen[kept], ModelCheckpoint):
             chosen.insert(kept + 1, BestLink())  # before last_checkpoint, which holds its state
         extra = [self._get(self.config_init, "curriculum"), *(callback for callback in chosen if callback is not None)]
