@@ -89,6 +89,16 @@ def test_the_audit_sees_every_set(three, distill, monkeypatch):
     assert seen.count("validation") == 2 * batches
 
 
+def test_validate_prints_each_figure_once(three, distill, capsys):
+    three["trainer"] |= {"max_steps": 1, "val_check_interval": 1}
+    cli = distill("fit", three)
+    capsys.readouterr()
+    distill("validate", three, "--ckpt_path", str(Path(cli.trainer.log_dir, "checkpoints", "last.ckpt")))
+    table = capsys.readouterr().out.partition("Validate metric")[2]
+    assert re.search(r"val/wiki/kl_div_T1\s+│\s+\d\.\d+\s+│\n", table)
+    assert "DataLoader 1" not in table
+
+
 @pytest.mark.slow
 def test_two_ranks_equal_one(three, tmp_path):
     """Nine conversations, so that one rank's last batch is empty."""
@@ -190,6 +200,13 @@ def test_a_best_that_was_measured_on_other_rows_is_not_the_one_to_beat(three, di
     [
         ({"validation": {}}, "data.validation: {}; name at least one set"),
         ({"validation": {"a/b": 0.1}}, "data.validation: 'a/b' stands in names of metrics"),
+        ({"validation": {"": 0.1}}, "data.validation: '' stands in names of metrics"),
+        ({"validation": {1: 0.1}}, "data.validation: 1 stands in names of metrics; give letters"),
+        ({"validation": {"a": None}}, "data.validation.a: None; give a fraction, a split, another source, or"),
+        (
+            {"validation": {"a": ["x.txt"]}},
+            "data.validation.a: ['x.txt']; give a fraction, a split, another source, or",
+        ),
         ({"validation": {"a": 1.5}}, "data.validation.a: 1.5; give a fraction"),
         ({"validation": {"a": 0.1, "b": 0.1}}, "data.validation.b: 0.1 would hold out rows like data.validation.a"),
         ({"validation": {"a": 0.1}, "validation_split": 0.1}, "data.validation_split: 0.1 beside data.validation"),

@@ -32,7 +32,7 @@ ROWS = {
     "weights_MB": ("weights (MB)", ",.1f"),
     "tokens_per_s": ("tokens per second", ",.0f"),
 }
-ON_EACH_SET = ("perplexity", "kl_div_T1", "top1_agreement", "acceptance")  # rows of the table for sets after the first
+ON_EACH_SET = ("perplexity", "kl_div_T1", "top1_agreement", "acceptance", "bits_per_byte")  # rows for further sets
 GAPS = {
     "nll": "NLL gap student closes (%)",
     "bits_per_byte": "bits per byte student closes (%)",
@@ -252,7 +252,8 @@ def print_report(report: Mapping[str, Any]) -> None:
         for key in ON_EACH_SET:
             title, form = ROWS[key]
             values = [one["models"][model].get(key) for model in names]
-            table.add_row(f"{name}: {title}", *("" if value is None else format(value, form) for value in values))
+            if any(value is not None for value in values):
+                table.add_row(f"{name}: {title}", *("" if value is None else format(value, form) for value in values))
     for task, by_model in report.get("tasks", {}).items():
         for metric in next(iter(by_model.values())):
             table.add_row(f"{task}: {metric}", *(f"{by_model[name][metric]:.4f}" for name in names))

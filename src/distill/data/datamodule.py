@@ -17,7 +17,7 @@ from distill.data.documents.chat import Chat, read_template
 from distill.data.documents.files import load_documents, place_of
 from distill.data.documents.forms import FormOption, form_of, has_turns
 from distill.data.documents.sources import Source, sources_of
-from distill.data.documents.validation_sets import Given, ValidationSet, validation_sets
+from distill.data.documents.validation_sets import ValidationSet, validation_sets
 from distill.data.order.loader import Reader, ResumableLoader, training_loader, validation_loader
 from distill.data.order.mixing import Split, split_rows
 from distill.data.order.stream import Stream, open_streams, validation_rows
@@ -92,7 +92,7 @@ class DistillationDataModule(L.LightningDataModule):
         chat_template: str | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         validation_split: float | str = 0.05,
-        validation: dict[str, Given] | None = None,
+        validation: dict[str, Any] | None = None,
         tokenizer: str | None = None,
         sequence_length: int = 512,
         packing: bool = True,

@@ -226,6 +226,21 @@ def leave_batches_as_they_are(trainer: L.Trainer) -> None:
     trainer.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
 
 
+def print_same_results_once(trainer: L.Trainer) -> None:
+    """Lets `validate` and `test` print one column where each loader's would be the same.
+
+    What is logged at the end of an epoch is of all loaders, and Lightning repeats it in a column for each, so that the
+    figures of one validation set stand under the number of another.
+    """
+    for loop in (trainer.validate_loop, trainer.test_loop):
+        printed = type(loop)._print_results
+
+        def once(results: list[Any], stage: str, printed: Any = printed) -> None:
+            printed(results[:1] if all(result == results[0] for result in results) else results, stage)
+
+        loop._print_results = once  # type: ignore[method-assign]
+
+
 def callbacks_of(trainer: L.Trainer, kind: type[Kind]) -> list[Kind]:
     """A trainer's callbacks of one class; Lightning sets the attribute that its class does not declare."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]

@@ -23,6 +23,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from distill.checkpoints.files import AtomicCheckpointIO, check_writable
 from distill.errors import UserError
+from distill.training.lightning_internals import print_same_results_once
 from distill.version import __version__
 
 
@@ -76,6 +77,7 @@ class DistillTrainer(L.Trainer):
         except ImportError as error:  # of a precision, a profiler, an environment
             key = "trainer.precision" if "transformer" in str(kwargs.get("precision")) else "trainer"
             raise UserError(f"{key}: {' '.join(str(error).split())}") from error
+        print_same_results_once(self)
 
     def check_directories(self) -> None:
         """Tries the directories that a run will write to, before anything is loaded for it.

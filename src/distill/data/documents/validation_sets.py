@@ -49,7 +49,7 @@ class ValidationSet:
         return [(replace(part, **left_open), f"{self.key}.dataset")]
 
 
-def validation_sets(split: float | str, named: dict[str, Given] | None) -> list[ValidationSet]:
+def validation_sets(split: float | str, named: dict[str, Any] | None) -> list[ValidationSet]:
     """The sets of a run, the first of which has the totals.
 
     Args:
@@ -66,11 +66,15 @@ def validation_sets(split: float | str, named: dict[str, Given] | None) -> list[
     if not sets:
         raise UserError("data.validation: {}; name at least one set, or leave it out")
     for one in sets:
-        if one.name and not re.fullmatch(r"[\w.-]+", one.name):
+        if named is not None and not (isinstance(one.name, str) and re.fullmatch(r"[\w.-]+", one.name)):
             raise UserError(f"data.validation: {one.name!r} stands in names of metrics; give letters, digits, _ . -")
         if isinstance(one.given, dict):
             if part_of(one.given, one.key).weight is not None:
                 raise UserError(f"{one.key}.weight: {one.given['weight']}; a validation set has none, leave it out")
+        elif not isinstance(one.given, str | float | int) or isinstance(one.given, bool):
+            raise UserError(
+                f"{one.key}: {one.given}; give a fraction, a split, another source, or a part's keys, {{dataset: ...}}"
+            )
         elif not isinstance(one.given, str) and not 0 < one.given < 1:
             raise UserError(f"{one.key}: {one.given}; give a fraction between 0 and 1, or a split's name")
     shares = [one for one in sets if one.share is not None]

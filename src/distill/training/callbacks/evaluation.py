@@ -32,7 +32,7 @@ TABLE = (
     "val/ece",
     "val/bits_per_byte",
 )
-ON_EACH_SET = ("kl_div_T1", "student_perplexity", "top1_agreement", "acceptance")  # of the sets after the first
+ON_EACH_SET = ("kl_div_T1", "student_perplexity", "top1_agreement", "acceptance", "bits_per_byte")  # after the first
 
 
 @final
