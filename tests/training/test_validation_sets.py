@@ -64,7 +64,13 @@ def test_each_set_has_the_figures_of_evaluate(three, distill, tmp_path, capsys):
         logged = found[f"val/wiki/{theirs}"]
         assert wiki["models"]["student"][ours] == pytest.approx(logged, rel=1e-6, abs=1e-9), ours
     table = capsys.readouterr().out
-    for name in ("val/kl_div_T1", "val/wiki/kl_div_T1", "val/chat/acceptance", "val/wiki/student_perplexity"):
+    for name in (
+        "val/kl_div_T1",
+        "val/wiki/kl_div_T1",
+        "val/wiki/bits_per_byte",
+        "val/chat/acceptance",
+        "val/wiki/student_perplexity",
+    ):
         assert name in table
     assert "val/in_domain" not in table
 
