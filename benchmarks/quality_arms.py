@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from quality_weighted import Weigh, WeightedKD, by_certainty, by_entropy, harder_half, low_to_high
 from torch import Tensor
 
 from distill.losses.attention import AttentionTransfer
@@ -24,7 +25,8 @@ from distill.models.trace import Trace
 CURRICULA = Path(__file__).parents[1] / "configs" / "curricula"
 ON = {"feature": 0.1, "attention": 0.1, "layerwise": 0.05, "contrastive": 0.05}  # where the default curriculum ends
 LOSSES = {"kd_loss": KDLoss, "routing": Routing, "attention": AttentionTransfer}
-LOSSES |= {"layerwise": Layerwise, "contrastive": Contrastive}
+LOSSES |= {"layerwise": Layerwise, "contrastive": Contrastive, "weighted": WeightedKD}
+IN_PLACE_OF = {"weighted": "layerwise"}
 FIT = StudentFit(tokens=8192, steps=60)
 SCRATCH = {
     "model_type": "qwen3",
@@ -142,6 +144,12 @@ def beside(key: str, weight: float, loss: dict[str, Any]) -> Arm:
     return Arm({"lm_loss": False, **loss}, {"kd": 1.0, "temperature": 1.0, key: weight})
 
 
+def weighted(weigh: Weigh) -> Arm:
+    """KD alone with a weight a token, in the place of layers."""
+    keys = {"kd_loss": None, "lm_loss": False, "weighted": {"weigh": weigh}}
+    return Arm(keys, {"layerwise": 1.0, "temperature": 1.0})
+
+
 def routing(*names: str, **options: Any) -> dict[str, Any]:
     """Routing losses, all four without names."""
     losses = {f"{name}_loss": 1.0 for name in names} or None
@@ -171,6 +179,10 @@ def all_arms() -> dict[str, Arm]:
         "KD, all experts": replace(kd, model=kd.model | {"teacher_top_k": "all"}),
         "KD, skewed": replace(kd, model=kd.model | {"kd_loss": {"divergence": "skew_forward_kl"}}),
         "KD, T = 4 to 1": Arm(kd.model, {"kd": 1.0, "temperature": [[0.0, 4.0], [1.0, 1.0]]}),
+        "KD by entropy": weighted(by_entropy),
+        "KD by certainty": weighted(by_certainty),
+        "KD, certain tokens first": weighted(low_to_high),
+        "KD, harder half": weighted(harder_half),
     }
     singles = {
         "feature matching": ("feature", routing("feature_matching")),
@@ -203,5 +215,5 @@ MAIN = {
 def keys_of(arm: Arm) -> dict[str, Any]:
     """The module's keyword arguments, with losses of the run's own."""
     known = {key: value for key, value in arm.model.items() if value is not None}
-    made = {key: LOSSES[key](**value) if key in LOSSES else value for key, value in known.items()}
+    made = {IN_PLACE_OF.get(key, key): LOSSES[key](**value) if key in LOSSES else value for key, value in known.items()}
     return made | {key: None for key, value in arm.model.items() if value is None}
