@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+import xxhash
 
 from distill.errors import UserError
 from distill.models.head import LMHead
@@ -84,6 +85,17 @@ def test_a_manifest_that_was_changed_or_is_newer_is_refused(folder):
     (folder / MANIFEST).rename(folder / cache_files.BUILDING)
     with pytest.raises(UserError, match=re.escape("is unfinished; run distill cache --output")):
         read_manifest(folder)
+
+
+def test_a_cache_of_the_first_format_is_read(folder):
+    content = json.loads((folder / MANIFEST).read_text()) | {"format": 1}
+    del content["states"], content["checksum"]
+    content["checksum"] = xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    identity = read_manifest(folder).identity
+    (folder / MANIFEST).write_text(json.dumps(content))
+    old = read_manifest(folder)
+    assert (old.format, old.states, old.identity) == (1, [], identity)
+    assert damage(folder, old) is None
 
 
 def test_digests_are_found_by_all_their_bits():
