@@ -81,12 +81,15 @@ class Arm:
 
 STUDENTS = {
     "scratch": Student(
-        {"student_config": SCRATCH}, 640, {"adamw": (4e-3, 8e-3, 1.6e-2), "muon": (5e-3, 1e-2, 2e-2)}, 0.85
+        {"student_config": SCRATCH},
+        640,
+        {"adamw": (4e-3, 8e-3, 1.6e-2, 3.2e-2), "muon": (5e-3, 1e-2, 2e-2, 4e-2)},
+        0.85,
     ),
     "dense": Student(
         {"student_intermediate_size": 256, "student_fit": FIT},
         160,
-        {"adamw": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), "muon": (1e-3, 2.5e-3, 5e-3, 1e-2, 2e-2)},
+        {"adamw": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), "muon": (5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2e-2)},
         0.92,
     ),
     "cut": Student(
@@ -165,6 +168,7 @@ def all_arms() -> dict[str, Arm]:
     arms = {
         "KD": kd,
         "features first": first,
+        "features first and on": Arm(first.model, first.curriculum | {"layerwise": 1.0}),
         "next tokens": Arm({"kd_loss": None}, {"lm": 1.0}),
         "KD + layerwise, weight 1": beside("layerwise", 1.0, {"layerwise": {}}),
         "features first, shuffled": replace(first, bend=shuffled_states),
@@ -203,7 +207,14 @@ def all_arms() -> dict[str, Arm]:
 
 ARMS = all_arms()
 BESIDE = ("KD + layerwise, weight 1", "next tokens")
-FIRST = ("features first", "features first, shuffled", "feature matching first", "three phases", BESIDE[0])
+FIRST = (
+    "features first",
+    "features first and on",
+    "features first, shuffled",
+    "feature matching first",
+    "three phases",
+    BESIDE[0],
+)
 MAIN = {
     "scratch": {"adamw": ("KD", *FIRST), "muon": ("KD", "KD, equal seconds", *FIRST)},
     "dense": {"adamw": ("KD", *BESIDE), "muon": ("KD", "KD, equal seconds", *BESIDE)},
