@@ -163,18 +163,21 @@ def all_arms() -> dict[str, Arm]:
     """Name -> arm, the main ones first; of widths that differ, those without projection are none."""
     every = routing() | {"attention": {}, "layerwise": {}, "contrastive": {}}
     three = shipped("three_phases")
-    kd, first = shipped("kd_only"), shipped("features_first")
+    kd, first, layers = shipped("kd_only"), shipped("features_first"), shipped("kd_and_layers")
+    then_kd = early("layerwise", {"layerwise": {}})
     down = {key: [[0.4, weight], [0.7, 0.0]] for key, weight in ON.items()}
     arms = {
         "KD": kd,
         "features first": first,
-        "features first and on": Arm(first.model, first.curriculum | {"layerwise": 1.0}),
+        "KD and layers": layers,
         "next tokens": Arm({"kd_loss": None}, {"lm": 1.0}),
-        "KD + layerwise, weight 1": beside("layerwise", 1.0, {"layerwise": {}}),
-        "features first, shuffled": replace(first, bend=shuffled_states),
+        "features, then KD": then_kd,
+        "features, then KD, shuffled": replace(then_kd, bend=shuffled_states),
         "three phases": replace(three, model=three.model | every),
         "KD, equal seconds": replace(kd, equal_s=True),
-        "KD + layerwise, random projection": beside("layerwise", 1.0, {"layerwise": {"projection": "linear"}}),
+        "KD and layers, random projection": replace(
+            layers, model=layers.model | {"layerwise": {"projection": "linear"}}
+        ),
         "KD, shuffled": replace(kd, bend=shuffled_output),
         "reversed phases": Arm(every, {"temperature": 2.0, "kd": 0.7, "lm": 0.3, **down}),
         "all nine": Arm(every, {"temperature": 2.0, "kd": 0.7, "lm": 0.3, **ON}),
@@ -200,26 +203,20 @@ def all_arms() -> dict[str, Arm]:
     for name, (key, loss) in singles.items():
         arms[f"KD + {name}"] = beside(key, ON[key], loss)
         arms[f"KD + 10 x {name}"] = beside(key, 10 * ON[key], loss)
-        if name not in ("layerwise", "load balancing"):  # which is `features first`; and teaches nothing alone
+        if name not in ("layerwise", "load balancing"):  # which is `features, then KD`; and teaches nothing alone
             arms[f"{name} first"] = early(key, loss)
     return arms
 
 
 ARMS = all_arms()
-BESIDE = ("KD + layerwise, weight 1", "next tokens")
-FIRST = (
-    "features first",
-    "features first and on",
-    "features first, shuffled",
-    "feature matching first",
-    "three phases",
-    BESIDE[0],
-)
+FROM_SCRATCH = ("features first", "KD and layers", "features, then KD", "features, then KD, shuffled")
+FROM_SCRATCH += ("feature matching first", "three phases")
+FITTED = ("KD and layers", "next tokens")
 MAIN = {
-    "scratch": {"adamw": ("KD", *FIRST), "muon": ("KD", "KD, equal seconds", *FIRST)},
-    "dense": {"adamw": ("KD", *BESIDE), "muon": ("KD", "KD, equal seconds", *BESIDE)},
-    "cut": {"adamw": ("KD", *BESIDE), "muon": ("KD", "KD, equal seconds", *BESIDE)},
-    "SmolLM2": {"adamw": ("KD", BESIDE[0]), "muon": ("KD", "KD, equal seconds")},
+    "scratch": {"adamw": ("KD", *FROM_SCRATCH), "muon": ("KD", "KD, equal seconds", *FROM_SCRATCH)},
+    "dense": {"adamw": ("KD", *FITTED), "muon": ("KD", "KD, equal seconds", *FITTED)},
+    "cut": {"adamw": ("KD", *FITTED), "muon": ("KD", "KD, equal seconds", *FITTED)},
+    "SmolLM2": {"adamw": ("KD", "KD and layers"), "muon": ("KD", "KD, equal seconds")},
 }
 
 

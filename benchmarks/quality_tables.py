@@ -145,8 +145,8 @@ def verdicts(
             pair = ratio(student, ("muon", arm), ("adamw", "KD"))
             targets.append(at_most(f"{student}: Muon / AdamW, KL of KD alone at {what}", pair, bound))
     for each in OPTIMIZERS:
-        pair = ratio("scratch", (each, "features first, shuffled"), (each, "features first"))
-        targets.append(worse(f"scratch, {each}: shuffled / true features first, KL", pair))
+        pair = ratio("scratch", (each, "features, then KD, shuffled"), (each, "features, then KD"))
+        targets.append(worse(f"scratch, {each}: shuffled / true features, then KD, KL", pair))
     few = [
         f"{student}, {optimizer}, {arm}"
         for student, of in main.items()

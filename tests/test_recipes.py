@@ -56,10 +56,11 @@ def test_the_command_of_each_recipe_is_understood(elsewhere, name):
 
 def test_curricula_are_what_they_say(elsewhere):
     weights = {}
-    for name in ("features_first", "kd_only", "three_phases"):
+    for name in ("features_first", "kd_and_layers", "kd_only", "three_phases"):
         schedules = instantiated(elsewhere, f"curricula/{name}.yaml").config_init["fit"]["curriculum"]
         weights[name] = [schedules.state_at(step, 100).weights for step in (0, 29, 30, 100)]
-    assert [(w["layerwise"], w["kd"]) for w in weights["features_first"]] == [(1, 0), (1, 0), (0, 1), (0, 1)]
+    assert [(w["layerwise"], w["kd"]) for w in weights["features_first"]] == [(1, 0), (1, 0), (1, 1), (1, 1)]
+    assert [(w["layerwise"], w["kd"]) for w in weights["kd_and_layers"]] == [(1, 1)] * 4
     assert [(w["layerwise"], w["kd"]) for w in weights["kd_only"]][:3] == [(0, 1)] * 3
     assert weights["three_phases"] == [Curriculum().state_at(step, 100).weights for step in (0, 29, 30, 100)]
 

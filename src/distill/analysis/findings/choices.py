@@ -42,7 +42,7 @@ def features_late(run: RunFiles) -> list[Finding]:
                 "config.yaml: model.student_config is given",
                 *(f"config.yaml: curriculum.{key}: {schedule}" for key, (_, schedule) in late.items()),
             ],
-            "features teach random weights most where they come first; KD alone refines what is there",
+            "features teach random weights most where they come first, and KD refines what is there",
             "begin with them and let KD follow, as configs/curricula/features_first.yaml does",
         )
     ]
