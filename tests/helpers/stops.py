@@ -55,6 +55,13 @@ class AtStart(Callback):
         setattr(self, hook, lambda trainer, *args: setattr(trainer, "should_stop", True))
 
 
+class Accumulates(Callback):
+    """Changes from the second epoch on how many micro-batches make a step, as GradientAccumulationScheduler does."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        trainer.accumulate_grad_batches += trainer.current_epoch
+
+
 class Logs(Callback):
     """Logs as callbacks of users do: a value of each step, and the mean of micro-batches' numbers over the epoch."""
 

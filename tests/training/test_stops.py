@@ -216,6 +216,15 @@ def test_a_finished_run_that_is_given_more_steps_goes_on_where_it_ended(distill,
         assert_goes_on(distill, short, last_of(finished), unbroken, steps=8)
 
 
+def test_steps_that_a_callback_makes_larger_are_refused(distill, short):
+    """They would end the run before its schedules do, without a word."""
+    short["trainer"]["callbacks"] = [own("Accumulates")]
+    with pytest.raises(
+        UserError, match=r"^trainer.accumulate_grad_batches: 4, and 3 when the run began, which its sch"
+    ):
+        distill("fit", short)
+
+
 def test_last_is_by_progress_whatever_the_times_of_files(distill, short):
     run = Path(distill("fit", short).trainer.log_dir)
     last, previous = (run / "checkpoints" / f"{name}.ckpt" for name in ("last", "previous"))

@@ -61,6 +61,7 @@ class ExactResume(Callback):
         self.before_validation: dict[str, Any] | None = None
         self.before_step: dict[str, Any] | None = None  # of the last that has begun
         self.trainer: L.Trainer | None = None
+        self.accumulate = 0
         self.loaded: dict[str, Any] | None = None
         self.others: dict[str, Any] = {}  # states of all callbacks in the checkpoint
         self.measured_on: dict[str, str] = {}  # monitored metric -> digest of its rows
@@ -83,6 +84,16 @@ class ExactResume(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
+        """Notes random numbers before each step, and refuses steps of another size than the first.
+
+        Raises:
+            UserError: a callback has changed how many micro-batches make a step.
+        """
+        if trainer.accumulate_grad_batches != self.accumulate:
+            raise UserError(
+                f"trainer.accumulate_grad_batches: {trainer.accumulate_grad_batches}, and {self.accumulate} when the "
+                "run began, which its schedules and counts take for constant; leave the callback out that changes it"
+            )
         log_under_the_step(trainer)
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self.before_step = random_state()
@@ -113,6 +124,7 @@ class ExactResume(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.measured_on = measured_on(trainer)
+        self.accumulate = trainer.accumulate_grad_batches
         if self.loaded is None:
             return
         self._remember_best(trainer, forget_others(trainer, self.loaded.get("measured_on", {}), self.measured_on))
