@@ -81,6 +81,11 @@ def test_scores_before_training_begin_the_chart(run):
 
 
 def test_nothing_else_of_the_run_changes(run):
+    """Not even where each step draws random numbers."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_dropout": 0.3}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    del run.config["model"]["student_layers"], run.config["model"]["student_fit"]
+    run.config["model"]["student_config"] = {"model_type": "llama", **sizes, **heads}
     plain = {name: value.clone() for name, value in run()[0].model.state_dict().items()}
     measured = run(harness=TOY | {"every_n_validations": 1})[0].model.state_dict()
     assert all(torch.equal(measured[name], value) for name, value in plain.items())
