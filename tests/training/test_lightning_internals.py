@@ -3,6 +3,7 @@
 A test of the first sort that fails says that a function is no longer needed, or no longer enough.
 """
 
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -124,8 +125,7 @@ def test_what_the_loop_says_of_the_first_epoch(fit, question, answers):
 def test_the_last_validation(fit, horizon, validated):
     at: list[int] = []
     noted = LambdaCallback(on_validation_end=lambda trainer, module: at.append(trainer.global_step))
-    between = lambda trainer: internals.validate_between_steps(trainer, horizon)  # noqa: E731
-    fit(AtTheStart(between), noted, check_val_every_n_epoch=3)
+    fit(AtTheStart(partial(internals.validate_between_steps, horizon=horizon)), noted, check_val_every_n_epoch=3)
     assert at == validated
 
 

@@ -19,9 +19,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from distill.errors import UserError, did_you_mean
 from distill.losses.engine.metrics import NAMES
 from distill.training.build import vocabularies_of
+from distill.training.callbacks.measured_on import key_of, monitoring
 from distill.training.callbacks.text import run_directory
 from distill.training.horizon import horizon_of
-from distill.training.lightning_internals import callbacks_of
 from distill.training.module import distilled
 
 MORE_IS_BETTER = re.compile(r"(top\d_agreement|acceptance|acc|acc_norm|exact_match|f1|\w+_retention_percent)(,.*)?")
@@ -111,12 +111,11 @@ def settle_monitors(trainer: L.Trainer) -> None:
     if kept is not None and kept.monitor == DEFAULT_MONITOR:
         kept.monitor = BETWEEN_TOKENIZERS
         rank_zero_info(f"checkpoint.monitor: {BETWEEN_TOKENIZERS}, since the student has a tokenizer of its own.")
-    for one in callbacks_of(trainer, ModelCheckpoint) + callbacks_of(trainer, EarlyStopping):
-        if one.monitor is not None and OF_SHARED_IDS.fullmatch(one.monitor):
-            key = "checkpoint" if isinstance(one, ModelCheckpoint) else "early_stopping"
+    for one in monitoring(trainer):
+        if OF_SHARED_IDS.fullmatch(monitor := str(one.monitor)):
             raise UserError(
-                f"{key}.monitor: {one.monitor} compares the same ids on both sides, and the student has a tokenizer of "
-                f"its own; set {one.monitor.rpartition('/')[0]}/bits_per_byte"
+                f"{key_of(one)}.monitor: {monitor} compares the same ids on both sides, and the student has a "
+                f"tokenizer of its own; set {monitor.rpartition('/')[0]}/bits_per_byte"
             )
 
 
@@ -132,12 +131,11 @@ def check_measured(trainer: L.Trainer, components: Iterable[str]) -> None:
     """
     measured = [name for name in trainer.callback_metrics if name.startswith("val/")]
     later = {*components, *NAMES}  # of which a few rows may have none
-    for one in callbacks_of(trainer, ModelCheckpoint) + callbacks_of(trainer, EarlyStopping):
-        monitor = one.monitor or ""
+    for one in monitoring(trainer):
+        monitor = str(one.monitor)
         if monitor.startswith("val/") and monitor.rpartition("/")[2] not in later and monitor not in measured:
-            key = "checkpoint" if isinstance(one, ModelCheckpoint) else "early_stopping"
             near = did_you_mean(monitor, measured)
-            raise UserError(f"{key}.monitor: {monitor} is not among what this run measures; {near}")
+            raise UserError(f"{key_of(one)}.monitor: {monitor} is not among what this run measures; {near}")
 
 
 def check_monitors(callbacks: Iterable[Callback], sets: Iterable[str], tasks: bool) -> None:
@@ -155,7 +153,7 @@ def check_monitors(callbacks: Iterable[Callback], sets: Iterable[str], tasks: bo
     for one in callbacks:
         if not isinstance(one, ModelCheckpoint | EarlyStopping) or one.monitor is None:
             continue
-        key = "checkpoint" if isinstance(one, ModelCheckpoint) else "early_stopping"
+        key = key_of(one)
         first, *parts = one.monitor.split("/")
         if one.mode == "min" and MORE_IS_BETTER.fullmatch(one.monitor.rpartition("/")[2]):
             raise UserError(f"{key}.mode: min, but more of {one.monitor} is better; set {key}.mode: max")
@@ -176,10 +174,10 @@ def check_tasks(trainer: L.Trainer, tasks: Iterable[str]) -> None:
     Raises:
         UserError: names key and remedy.
     """
-    for one in callbacks_of(trainer, ModelCheckpoint) + callbacks_of(trainer, EarlyStopping):
-        task = re.fullmatch(r"tasks/(.+)/[^/]+", one.monitor or "")
-        if task is not None and task[1] not in (names := list(tasks)):
-            key = "checkpoint" if isinstance(one, ModelCheckpoint) else "early_stopping"
+    names = list(tasks)
+    for one in monitoring(trainer):
+        task = re.fullmatch(r"tasks/(.+)/[^/]+", str(one.monitor))
+        if task is not None and task[1] not in names:
             raise UserError(
-                f"{key}.monitor: {one.monitor}, but no task {task[1]} is run; {did_you_mean(task[1], names)}"
+                f"{key_of(one)}.monitor: {one.monitor}, but no task {task[1]} is run; {did_you_mean(task[1], names)}"
             )

@@ -81,8 +81,7 @@ class Evaluation(Callback):
             return
         if self.last:
             self._print_table(trainer)
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        for best in filter(None, (c.told(trainer) for c in callbacks if isinstance(c, BestLink))):
+        for best in filter(None, (link.told(trainer) for link in callbacks_of(trainer, BestLink))):
             Console().print(best, soft_wrap=True, highlight=False, markup=False)
         if self.directory is not None:
             Console().print(f"Run directory: {Path(self.directory).absolute()}", soft_wrap=True, highlight=False)

@@ -35,8 +35,13 @@ def measured_on(trainer: L.Trainer) -> dict[str, str]:
 
 def monitoring(trainer: L.Trainer) -> list[ModelCheckpoint | EarlyStopping]:
     """The callbacks that keep the best value of a metric."""
-    stopping: list[ModelCheckpoint | EarlyStopping] = [*callbacks_of(trainer, EarlyStopping)]
-    return stopping + [one for one in callbacks_of(trainer, ModelCheckpoint) if one.monitor is not None]
+    kept: list[ModelCheckpoint | EarlyStopping] = [*callbacks_of(trainer, ModelCheckpoint)]
+    return [one for one in kept + callbacks_of(trainer, EarlyStopping) if one.monitor is not None]
+
+
+def key_of(one: ModelCheckpoint | EarlyStopping) -> str:
+    """The section of a configuration that such a callback is of."""
+    return "checkpoint" if isinstance(one, ModelCheckpoint) else "early_stopping"
 
 
 def forget_others(trainer: L.Trainer, before: dict[str, str], now: dict[str, str]) -> set[Callback]:
